@@ -1,0 +1,89 @@
+"""Files that are whole or absent: temporary name, then rename; and the fingerprints that tell stale files from fresh ones."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from calib.errors import FileError
+
+_CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``target``; rename it onto ``target`` if the block ends well.
+
+    A failed block leaves ``target`` as it was, and no temporary file behind.
+
+    Raises:
+        FileError: the folder does not exist or is not writable, or ``target`` is a folder.
+    """
+    check_writable(target)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with contextlib.suppress(FileNotFoundError), temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise FileError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(target: Path) -> None:
+    """Refuse an output path before hours of work are spent on it.
+
+    Raises:
+        FileError: the folder is missing or not writable, or ``target`` is itself a folder.
+    """
+    folder = target.parent
+    if not folder.is_dir():
+        raise FileError(f"cannot write {target}: {folder} is not a folder", hint=f"mkdir -p {folder}")
+    if target.is_dir():
+        raise FileError(f"cannot write {target}: it is a folder", hint="name a file inside it")
+    if not os.access(folder, os.W_OK):
+        raise FileError(f"cannot write {target}: no permission to write in {folder}")
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write ``value`` as JSON, whole or not at all. NaN and Inf are refused: they are not JSON."""
+    write_text(target, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(source: Path, *, max_bytes: int = 1 << 30) -> Any:
+    """Read JSON from a file of at most ``max_bytes``.
+
+    Raises:
+        FileError: the file is missing, too large, or not JSON.
+    """
+    try:
+        if source.stat().st_size > max_bytes:
+            raise FileError(f"{source} is larger than {max_bytes} bytes, so it is not one of our files")
+        return json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"cannot read {source}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{source} is not valid JSON: {error}", hint="it may be cut short; make it again") from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

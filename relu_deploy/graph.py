@@ -1,0 +1,270 @@
+"""ONNX files in and out: safe loading, whole writing, names, opset and IR limits.
+
+A file is untrusted: its size is bounded, it is parsed and never executed, and external data is read only from inside the
+folder of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx import external_data_helper
+
+from calib.files import atomic_path, check_writable
+from relu_deploy.errors import FileError, ModelError
+
+# A protobuf message cannot be longer; what is larger keeps its weights in external data.
+PROTOBUF_LIMIT = (1 << 31) - 1
+# Far above any network that runs on one card, far below what a forged length could make us allocate.
+MAX_EXTERNAL_BYTES = 1 << 36
+# What onnxruntime 1.20 to 1.31 and TensorRT 10 to 11 read; older files load too, newer ones are refused by name.
+MAX_IR_VERSION = onnx.IR_VERSION
+MIN_OPSET = 7
+STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """Read and check an ONNX file, with its external data.
+
+    Args:
+        path: The ``.onnx`` file.
+
+    Returns:
+        The model, all tensors inside it, every node named.
+
+    Raises:
+        FileError: ``path`` is missing or not a file.
+        ModelError: it is damaged, truncated, fails onnx's checker, is of an unsupported version, or its external data is
+            missing, too short or outside the folder of the model.
+    """
+    model = parse_model(path)
+    _load_external_data(model, path)
+    check_versions(model, path)
+    check_model(model, path)
+    name_nodes(model.graph)
+    return model
+
+
+def parse_model(path: Path) -> onnx.ModelProto:
+    """Parse the file and nothing else: no external data, no checker. Raises as :func:`load_model`."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileError(f"cannot read the model {path}: it {what}")
+    if path.stat().st_size > PROTOBUF_LIMIT:
+        raise ModelError(f"{path} is larger than 2 GiB, which no ONNX file can be", hint="is it a weights file?")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ModelError(
+            f"{path} is not an ONNX file, or is cut short", hint="compare its size with the source and copy it again"
+        ) from error
+    except OSError as error:
+        raise FileError(f"cannot read the model {path}: {error.strerror or error}") from error
+    if not model.graph.node and not model.graph.output:
+        raise ModelError(f"{path} holds no graph: it is empty, cut short, or not an ONNX file")
+    return model
+
+
+def check_model(model: onnx.ModelProto, source: Path | str) -> None:
+    """Run onnx's checker with shape inference; ``source`` names the model in the message.
+
+    Raises:
+        ModelError: the checker refused it.
+    """
+    # The checker knows only the standard operators; a graph with others is checked as far as they allow.
+    foreign = any(node.domain not in (*STANDARD_DOMAINS, "ai.onnx.ml") for node in all_nodes(model.graph))
+    try:
+        if model.ByteSize() <= PROTOBUF_LIMIT:
+            onnx.checker.check_model(model, full_check=not foreign)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"{source} is not a valid ONNX model: {first}") from error
+
+
+def check_versions(model: onnx.ModelProto, source: Path | str) -> None:
+    """Refuse IR and opset versions outside what this package reads, naming what was found.
+
+    Raises:
+        ModelError: the IR version is too new or missing, or the opset is too old or too new.
+    """
+    if not 3 <= model.ir_version <= MAX_IR_VERSION:
+        raise ModelError(
+            f"{source} has IR version {model.ir_version}; supported are 3 to {MAX_IR_VERSION}",
+            hint="export it with an older onnx package" if model.ir_version > MAX_IR_VERSION else None,
+        )
+    found, newest = opset(model), onnx.defs.onnx_opset_version()
+    if not MIN_OPSET <= found <= newest:
+        raise ModelError(
+            f"{source} uses opset {found}; supported are {MIN_OPSET} to {newest}",
+            hint=f"export it with opset_version={min(max(found, 17), newest)}",
+        )
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the default operator set; 0 when the model imports none."""
+    return max((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), default=0)
+
+
+def convert_opset(model: onnx.ModelProto, *, lowest: int, source: Path | str = "the model") -> onnx.ModelProto:
+    """Lift a model to opset ``lowest`` when it is older; a newer one is returned as it is.
+
+    Raises:
+        ModelError: onnx's version converter has no rule for one of its operators.
+    """
+    if opset(model) >= lowest:
+        return model
+    try:
+        converted = onnx.version_converter.convert_version(model, lowest)
+    except (RuntimeError, IndexError, ValueError, onnx.checker.ValidationError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{source} uses opset {opset(model)} and cannot be lifted to {lowest}: {first}",
+            hint=f"export the model again with opset {lowest} or newer",
+        ) from error
+    converted.metadata_props.extend(p for p in model.metadata_props if p not in converted.metadata_props)
+    name_nodes(converted.graph)
+    return converted
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model whole or not at all; weights go to ``<name>.data`` beside it when it would pass 2 GiB.
+
+    Raises:
+        FileError: ``path`` cannot be written.
+    """
+    check_writable(path)
+    if _tensor_bytes(model) < PROTOBUF_LIMIT - (1 << 24):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(model.SerializeToString(deterministic=True))
+        return
+    data_path = path.with_name(f"{path.name}.data")
+    stored = onnx.ModelProto()
+    stored.CopyFrom(model)
+    with atomic_path(data_path) as data, atomic_path(path) as temporary:
+        external_data_helper.convert_model_to_external_data(stored, location=data.name)
+        onnx.save_model(stored, temporary)
+        for tensor in external_data_helper._get_all_tensors(stored):  # noqa: SLF001
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = data_path.name
+        temporary.write_bytes(stored.SerializeToString(deterministic=True))
+
+
+def import_graph(model: onnx.ModelProto) -> gs.Graph:
+    """Graphsurgeon's view of a model whose nodes are all named. The model is not changed."""
+    name_nodes(model.graph)
+    return gs.import_onnx(model)
+
+
+def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
+    """Turn a graph back into a model that keeps the IR version, metadata and producer of ``like``."""
+    model = gs.export_onnx(graph.cleanup(remove_unused_graph_inputs=False).toposort(), do_type_check=False)
+    model.ir_version = like.ir_version
+    model.producer_name, model.producer_version = like.producer_name, like.producer_version
+    model.domain, model.model_version, model.doc_string = like.domain, like.model_version, like.doc_string
+    del model.metadata_props[:]
+    model.metadata_props.extend(like.metadata_props)
+    name_nodes(model.graph)
+    return model
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Give every node a unique name, in place: reports speak of nodes by name.
+
+    >>> model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["":17]> g (float[1] x) => (float[1] y) {y=Relu(x)}')
+    >>> name_nodes(model.graph); model.graph.node[0].name
+    'Relu_0'
+    """
+    taken: set[str] = set()
+    for index, node in enumerate(all_nodes(graph)):
+        if not node.name or node.name in taken:
+            base = node.name or node.op_type
+            name, number = f"{base}_{index}", index
+            while name in taken:
+                number += 1
+                name = f"{base}_{number}"
+            node.name = name
+        taken.add(node.name)
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph and of the graphs inside its attributes (If, Loop, Scan)."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            inner: Iterable[onnx.GraphProto] = (
+                [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+            )
+            for subgraph in inner:
+                yield from all_nodes(subgraph)
+
+
+def count_ops(model: onnx.ModelProto) -> dict[str, int]:
+    """How many nodes of each operator type the main graph holds."""
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+def _tensor_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of all tensors; a lower bound of the file size that does not serialise anything."""
+    return sum(
+        len(t.raw_data) or t.ByteSize() for t in external_data_helper._get_all_tensors(model)  # noqa: SLF001
+    )
+
+
+def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Read every external tensor into the model, after checking where it lies and that it is whole."""
+    folder = path.resolve().parent
+    total = 0
+    for tensor in external_data_helper._get_all_tensors(model):  # noqa: SLF001
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        file, offset, length = _external_range(tensor, folder, path)
+        total += length
+        if total > MAX_EXTERNAL_BYTES:
+            raise ModelError(f"{path} refers to more than {MAX_EXTERNAL_BYTES >> 30} GiB of external data")
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            tensor.raw_data = stream.read(length)
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+
+
+def _external_range(tensor: onnx.TensorProto, folder: Path, path: Path) -> tuple[Path, int, int]:
+    """File, offset and length of one external tensor, all of them checked."""
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    location = where.get("location", "")
+    file = Path(os.path.realpath(folder / location))
+    if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
+        raise ModelError(
+            f"{path}: tensor {tensor.name!r} keeps its data in {location!r}, outside the folder of the model",
+            hint="external data is read only from beside the model; copy it there and save the model again",
+        )
+    if not file.is_file():
+        raise ModelError(
+            f"{path}: the external data of tensor {tensor.name!r} is missing: {file} does not exist",
+            hint="copy the data file next to the model",
+        )
+    try:
+        offset, size = int(where.get("offset", 0)), file.stat().st_size
+        length = int(where.get("length", max(size - offset, 0)))
+        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: tensor {tensor.name!r} describes its external data wrongly: {error}") from error
+    needed = math.prod(tensor.dims) * itemsize
+    if min(offset, length) < 0 or offset + length > size or (length < needed and itemsize > 1):
+        raise ModelError(
+            f"{path}: the external data of tensor {tensor.name!r} is cut short: {file.name} has {size} bytes, "
+            f"{offset + max(length, needed)} are needed",
+            hint="copy the data file again",
+        )
+    return file, offset, length
