@@ -1,0 +1,1 @@
+"""Calibration of ONNX networks: data sources, streaming observers, ranges files. Usable alone."""

@@ -1,0 +1,49 @@
+"""The ``relu-deploy`` command: one file a command, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from calib.errors import ToolkitError
+from relu_deploy import __version__
+
+# In the order of the flow; each name is a module of this package with a click command called ``command``.
+COMMANDS = ("demo", "export", "rewrite", "calibrate", "quantize", "build-engine", "bench", "inspect")
+
+
+class _Group(click.Group):
+    """Imports a command when it is used, so that ``--help`` needs no heavy package, and turns errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"relu_deploy.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ToolkitError as error:
+            click.secho(f"Error: {error.message}", err=True, fg="red")
+            if error.hint:
+                click.echo(f"Fix:   {error.hint}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.command(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="relu-deploy")
+def main() -> None:
+    """Take networks from smooth activations to plain ReLU and into INT8 engines, with every step measured.
+
+    The flow: export -> rewrite -> calibrate -> quantize -> build-engine -> bench. Each step reads and writes files (ONNX,
+    JSON) and works alone; build-engine runs the ones before it as needed; demo runs them all.
+
+    Exit codes: 0 done, 1 a check failed, 2 a mistake in the call or its files.
+    """

@@ -1,0 +1,56 @@
+"""What the commands share: ``--json``, progress bars, and how a report reaches the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from calib.files import write_json
+from calib.progress import Progress
+from relu_deploy.report import to_json
+
+INPUT_FILE = click.Path(path_type=Path)
+OUTPUT_FILE = click.Path(path_type=Path)
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json PATH``, handed to the command as ``json_path``."""
+    return click.option(
+        "--json", "json_path", metavar="PATH", help="Also write the report as JSON to PATH; '-' is standard output."
+    )(function)
+
+
+def emit(report: Any, json_path: str | None, render: Callable[[], RenderableType]) -> None:
+    """Print a report for a person, and as JSON where asked. With ``--json -`` only JSON reaches standard output."""
+    value = to_json(report)
+    Console(stderr=json_path == "-", highlight=False, soft_wrap=True).print(render())
+    if json_path == "-":
+        click.echo(json.dumps(value, indent=2, allow_nan=False))
+    elif json_path:
+        write_json(Path(json_path), value)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A ``Progress`` that draws bars on standard error, one for each kind of work; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield update
