@@ -9,6 +9,7 @@
     |-- RangesError              2   (calib.errors) a ranges file is damaged or stale
     |-- MissingExtraError        2   (calib.errors) a package is not installed; names the extra
     |-- ModelError               2   an ONNX file is damaged, unsupported or unsafe to read
+    |-- TrainingError            2   a model cannot be trained or changed as asked, or its loss is not finite
     |-- ExportError              2   a torch model cannot be loaded or exported
     |-- QuantizationError        2   a network cannot be quantised as asked
     |-- BackendUnavailableError  2   a runtime, or the GPU it needs, is not there
@@ -42,11 +43,16 @@ __all__ = [
     "QuantizationError",
     "RangesError",
     "ToolkitError",
+    "TrainingError",
 ]
 
 
 class ModelError(ToolkitError):
     """An ONNX file is damaged, of an unsupported version, or unsafe to read."""
+
+
+class TrainingError(ToolkitError):
+    """A model cannot be trained or changed as asked, or its loss is not finite."""
 
 
 class ExportError(ToolkitError):
