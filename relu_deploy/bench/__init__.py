@@ -1,0 +1,1 @@
+"""Measure engines against their original: isolated processes, interleaved rounds, an interval on the ratio."""
