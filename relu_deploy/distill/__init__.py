@@ -1,0 +1,1 @@
+"""Distillation: the papers' losses and the training loop. Needs the ``torch`` extra."""
