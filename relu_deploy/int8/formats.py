@@ -1,0 +1,199 @@
+"""The number formats of the targets, and the arithmetic of scales and zero points.
+
+================================  ==================================  ====================================
+what                              ``ort``                             ``tensorrt``, ``tensorrt-rtx``
+================================  ==================================  ====================================
+activation that is never < 0      uint8, zero point 0, s = max/255    int8, zero point 0, s = max/127
+other activations                 uint8 with a zero point             int8, zero point 0, s = absmax/127
+weights                           int8, symmetric, per out channel    the same
+bias                              int32, s = s_x s_w                  float
+================================  ==================================  ====================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from relu_deploy.errors import QuantizationError
+
+Target = Literal["ort", "tensorrt-rtx", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("ort", "tensorrt-rtx", "tensorrt")
+
+# The scale of a tensor that is always zero. Any positive number will do, since its only code is the zero point; a scale
+# of 0 would be a division by zero in every runtime (TensorRT#2498).
+DEAD_SCALE = 1.0
+# Scales below this are subnormal or close to it when multiplied (s_x s_w), and flush to zero in some kernels.
+SMALLEST_SCALE = 2.0**-60
+_INT32_MAX = (1 << 31) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberFormat:
+    """How one target wants its numbers.
+
+    Attributes:
+        target: The runtime.
+        unsigned: uint8 activations with a zero point; else int8 symmetric.
+        weight_bits: 8, or 7 for x86 CPUs without VNNI: see :func:`number_format`.
+        integer_bias: int32 bias with scale s_x s_w; else the bias stays float.
+    """
+
+    target: Target
+    unsigned: bool
+    weight_bits: int
+    integer_bias: bool
+
+    @property
+    def weight_max(self) -> int:
+        """Largest weight code: 127 for 8 bits, 63 for 7. The most negative code stays unused."""
+        return int(2 ** (self.weight_bits - 1)) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class QParams:
+    """Scale and zero point of one tensor: ``real = scale * (code - zero_point)``.
+
+    Attributes:
+        scale: Tensor units per step, > 0, a float32 value.
+        zero_point: Code of 0.0.
+        dtype: ``uint8`` or ``int8``.
+    """
+
+    scale: float
+    zero_point: int
+    dtype: Literal["uint8", "int8"]
+
+    @property
+    def lowest(self) -> float:
+        """Real value of the lowest code that is used."""
+        return self.scale * ((0 if self.dtype == "uint8" else -128) - self.zero_point)
+
+    @property
+    def highest(self) -> float:
+        """Real value of the highest code."""
+        return self.scale * ((255 if self.dtype == "uint8" else 127) - self.zero_point)
+
+
+def number_format(target: str, *, weight_bits: int = 8) -> NumberFormat:
+    """The format of a target.
+
+    Args:
+        target: One of ``TARGETS``.
+        weight_bits: 8 or 7. x86 CPUs with AVX2 but without VNNI multiply uint8 by int8 with ``vpmaddubsw``, which adds two
+            products into a saturating int16: 255 * 127 * 2 does not fit, 255 * 63 * 2 does. Seven bits lose half a bit of
+            weight precision on average and never saturate. Only ``ort`` runs on such CPUs.
+
+    Raises:
+        QuantizationError: unknown target, or a width other than 7 and 8.
+
+    >>> number_format("ort").weight_max, number_format("ort", weight_bits=7).weight_max
+    (127, 63)
+    """
+    if weight_bits not in (7, 8):
+        raise QuantizationError(f"weights of {weight_bits} bits are not supported", hint="use 8, or 7 for CPUs without VNNI")
+    for known in TARGETS:
+        if target == known:
+            on_cpu = known == "ort"
+            return NumberFormat(known, on_cpu, weight_bits if on_cpu else 8, on_cpu)
+    raise QuantizationError(f"unknown target {target!r}", hint=f"one of {', '.join(TARGETS)}")
+
+
+def activation_qparams(low: float, high: float, number: NumberFormat) -> QParams:
+    """Scale and zero point that cover ``[low, high]``, always with an exact code for 0.0.
+
+    Args:
+        low: Smallest value seen, tensor units.
+        high: Largest value seen.
+        number: The target's format.
+
+    Raises:
+        QuantizationError: a bound is not finite, or ``low > high``.
+
+    Source: equation 2 of "ReLU for inference acceleration" (s = max/255); Jacob et al. 2018, arXiv:1712.05877, eq. 1.
+
+    >>> activation_qparams(0.0, 25.5, number_format("ort"))
+    QParams(scale=0.10000000149011612, zero_point=0, dtype='uint8')
+    >>> activation_qparams(-12.7, 6.0, number_format("tensorrt-rtx"))
+    QParams(scale=0.10000000149011612, zero_point=0, dtype='int8')
+    """
+    if not (math.isfinite(low) and math.isfinite(high)) or low > high:
+        raise QuantizationError(f"the range [{low}, {high}] is not a range")
+    low, high = min(low, 0.0), max(high, 0.0)
+    if number.unsigned:
+        scale = _usable((high - low) / 255)
+        zero_point = int(np.clip(np.rint(-low / scale), 0, 255))
+        return QParams(scale, zero_point, "uint8")
+    return QParams(_usable(max(-low, high) / 127), 0, "int8")
+
+
+def weight_scales(weight: npt.NDArray[np.floating], axis: int | None, weight_max: int) -> npt.NDArray[np.float32]:
+    """Symmetric scales of a weight tensor.
+
+    Args:
+        weight: Any shape, finite.
+        axis: Output-channel axis, or None for one scale.
+        weight_max: Largest code, 127 or 63.
+
+    Returns:
+        float32, shape ``(C,)`` or ``()``; an all-zero channel gets ``DEAD_SCALE``.
+
+    >>> weight_scales(np.array([[1.27, 0.0], [0.0, 0.0]]), 0, 127)
+    array([0.01, 1.  ], dtype=float32)
+    """
+    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
+    absmax = np.abs(weight.astype(np.float64)).max(axis=others, initial=0.0)
+    scale = np.asarray(np.maximum(absmax / weight_max, SMALLEST_SCALE), dtype=np.float32)
+    return np.where(absmax == 0, np.float32(DEAD_SCALE), scale).astype(np.float32)
+
+
+def widen_for_bias(
+    scales: npt.NDArray[np.float32], input_scale: float, bias: npt.NDArray[np.floating], alive: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float32]:
+    """Weight scales changed so that the int32 bias ``b / (s_x s_w)`` neither overflows nor vanishes.
+
+    A channel of tiny weights with a large bias overflows int32: its scale grows until the bias takes 30 bits, so that
+    accumulated products still fit beside it. A channel of zero weights has a free scale: it is chosen for the bias alone.
+
+    Args:
+        scales: Weight scales, shape ``(C,)`` or ``()``.
+        input_scale: Scale of the layer's input.
+        bias: Shape ``(C,)``.
+        alive: Shape of ``scales``: False where all weights of the channel are zero.
+
+    Returns:
+        float32, shape of ``scales``, never smaller than it where the channel is alive.
+    """
+    magnitude = np.abs(bias.astype(np.float64))
+    magnitude = magnitude if scales.ndim else magnitude.max(initial=0.0)
+    needed = magnitude / input_scale / (_INT32_MAX / 2)
+    # 20 bits for a lone bias: a relative error of 1e-6, below what any 8-bit output can show.
+    for_bias_alone = np.maximum(magnitude / input_scale / (1 << 20), SMALLEST_SCALE)
+    dead = np.where(magnitude > 0, for_bias_alone, DEAD_SCALE)
+    return np.where(alive, np.maximum(scales, needed), dead).astype(np.float32)
+
+
+def quantize_symmetric(
+    values: npt.NDArray[np.floating], scales: npt.NDArray[np.floating], axis: int | None, limit: int
+) -> npt.NDArray[np.int64]:
+    """Codes ``rint(v / s)`` clipped to ``[-limit, limit]``; ties to even, as ONNX QuantizeLinear rounds.
+
+    >>> quantize_symmetric(np.array([[0.5, 2.0]]), np.array([0.1]), 0, 15)
+    array([[ 5, 15]])
+    """
+    shape = [1] * values.ndim
+    if axis is not None and scales.ndim:
+        shape[axis] = scales.size
+    divided = values.astype(np.float64) / scales.astype(np.float64).reshape(shape if scales.ndim else ())
+    return np.clip(np.rint(divided), -limit, limit).astype(np.int64)
+
+
+def _usable(scale: float) -> float:
+    """A float32 scale that is positive: dead tensors get ``DEAD_SCALE``, subnormal ones the smallest usable one."""
+    if scale == 0:
+        return DEAD_SCALE
+    return float(np.float32(max(scale, SMALLEST_SCALE)))

@@ -1,0 +1,283 @@
+"""Which tensors of a graph become INT8, and which layers therefore compute in integers.
+
+Two rules, because two kinds of runtime read the result:
+
+* ``ort``: ONNX Runtime fuses an operator into its integer kernel when *all* its inputs and its output carry Q/DQ. So the
+  body, everything between two linear layers that has an integer kernel, is quantised as a whole and no float island is left.
+* ``tensorrt``, ``tensorrt-rtx``: the compiler moves and fuses by itself and wants Q/DQ in front of every quantised layer, none
+  between a convolution and its ReLU, and on a residual Add the shortcut quantised (TensorRT#1992).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from relu_deploy.int8.formats import NumberFormat
+
+LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Move or select values and do not compute: input and output share one scale, so no requantisation is left.
+MOVING_OPS = (
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity", "Resize",
+    "DepthToSpace", "SpaceToDepth", "Expand", "Tile",
+)  # fmt: skip
+# ONNX Runtime has an integer kernel for these on the CPU (onnxruntime 1.20 to 1.31, QDQ transformer).
+INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
+# Quantised after the last linear layer too, when their inputs are: their output range is their inputs' own.
+TAIL_OPS = ("Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Relu", "Clip")
+QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One linear layer and what becomes of it.
+
+    Attributes:
+        name: Node.
+        op: Conv, ConvTranspose, Gemm or MatMul.
+        int8: Whether it is given INT8 inputs.
+        reason: Why it stays float; empty when it does not.
+    """
+
+    name: str
+    op: str
+    int8: bool
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The plan that :mod:`relu_deploy.int8.write` carries out.
+
+    Attributes:
+        uses: Tensor name -> names of the nodes that read its INT8 form; ``None`` means every reader.
+        groups: Sets of tensor names that share one scale; only sets of two and more.
+        layers: Every linear layer of the graph.
+        constants: Names of nodes whose constant operand is quantised like an activation.
+    """
+
+    uses: dict[str, frozenset[str] | None]
+    groups: tuple[frozenset[str], ...]
+    layers: tuple[Layer, ...]
+    constants: frozenset[str] = frozenset()
+
+
+def place(graph: gs.Graph, measured: Iterable[str], number: NumberFormat, *, keep_float: Iterable[str] = ()) -> Placement:
+    """Decide where INT8 goes.
+
+    Args:
+        graph: Sorted topologically, constants folded.
+        measured: Names of the tensors that have a range.
+        number: The target's format.
+        keep_float: Names of linear layers that the user wants left alone.
+    """
+    known, kept = set(measured), set(keep_float)
+    layers = tuple(_judge(node, known, kept, number) for node in graph.nodes if node.op in LINEAR_OPS)
+    chosen = {layer.name for layer in layers if layer.int8}
+    if number.unsigned:
+        return _place_ort(graph, known, chosen, layers)
+    return _place_tensorrt(graph, known, chosen, layers)
+
+
+def fused_relu(tensor: gs.Variable, graph: gs.Graph) -> gs.Node | None:
+    """The ReLU or Clip(0, .) that is the only reader of a tensor, so that both become one quantised output."""
+    if len(tensor.outputs) != 1 or any(tensor is output for output in graph.outputs):
+        return None
+    if not tensor.inputs or tensor.inputs[0].op in MOVING_OPS:  # its codes are its input's: it has no quantiser to clip
+        return None
+    reader = tensor.outputs[0]
+    return reader if is_clipping(reader) and reader.inputs[0] is tensor else None
+
+
+def is_clipping(node: gs.Node) -> bool:
+    """Whether a node is Relu, or Clip with lower bound 0: what an unsigned quantiser does by itself."""
+    return node.op == "Relu" or (node.op == "Clip" and clip_bounds(node)[0] == 0)
+
+
+def clip_bounds(node: gs.Node) -> tuple[float | None, float | None]:
+    """Constant bounds of a Clip; ``-inf``/``inf`` where absent, None where computed at run time."""
+    bounds: list[float | None] = []
+    for index, (attribute, default) in enumerate((("min", -np.inf), ("max", np.inf)), start=1):
+        operand = node.inputs[index] if len(node.inputs) > index else None
+        if operand is None or (isinstance(operand, gs.Variable) and operand.is_empty()):
+            bounds.append(float(node.attrs.get(attribute, default)))
+        else:
+            bounds.append(float(operand.values) if isinstance(operand, gs.Constant) else None)
+    return bounds[0], bounds[1]
+
+
+def _judge(node: gs.Node, known: set[str], kept: set[str], number: NumberFormat) -> Layer:
+    reason = _why_float(node, known, number)
+    if not reason and node.name in kept:
+        reason = "kept in float on request"
+    return Layer(node.name, node.op, not reason, reason)
+
+
+def _why_float(node: gs.Node, known: set[str], number: NumberFormat) -> str:
+    """Reason why a linear layer cannot be quantised; empty when it can."""
+    data, weight = node.inputs[0], node.inputs[1]
+    if not isinstance(weight, gs.Constant):
+        return "both operands are computed at run time" if node.op == "MatMul" else "its weights are computed at run time"
+    if isinstance(data, gs.Constant):
+        return "its left operand is the constant one"
+    if data.name not in known:
+        return f"its input {data.name} has no range"
+    if weight.values.dtype not in (np.float32, np.float16):
+        return f"its weights are {weight.values.dtype}"
+    if node.op == "ConvTranspose" and number.unsigned:
+        return "ONNX Runtime has no integer ConvTranspose"
+    if node.op == "Gemm" and node.attrs.get("transA", 0):
+        return "Gemm with transA has no integer kernel"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if number.integer_bias and isinstance(bias, gs.Variable) and not bias.is_empty():
+        return "its bias is computed at run time"
+    return ""
+
+
+class _Wanted:
+    """Tensors to quantise, and the pairs that must share a scale, while they are being found."""
+
+    def __init__(self, graph: gs.Graph, known: set[str]) -> None:
+        self.graph, self.known = graph, known
+        self.names: dict[str, gs.Variable] = {}
+        self.pairs: list[tuple[str, str]] = []
+        self.constants: set[str] = set()
+        self._queue: list[gs.Variable] = []
+
+    def add(self, tensor: gs.Variable) -> bool:
+        """Want a tensor, or the ReLU behind it that it fuses with. False where it has no range."""
+        if (relu := fused_relu(tensor, self.graph)) is not None and relu.outputs[0].name in self.known:
+            tensor = relu.outputs[0]
+        if tensor.name not in self.known:
+            return False
+        if tensor.name not in self.names:
+            self.names[tensor.name] = tensor
+            self._queue.append(tensor)
+        return True
+
+    def spread(self) -> None:
+        """Walk from what is wanted towards the inputs, through every operator that has an integer kernel."""
+        while self._queue:
+            tensor = self._queue.pop()
+            node = tensor.inputs[0] if tensor.inputs else None
+            if node is not None and is_clipping(node):
+                if fused_relu(node.inputs[0], self.graph) is None:
+                    self.add(node.inputs[0])
+                    continue
+                node = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+            if node is not None:
+                self._spread_through(node, tensor)
+
+    def _spread_through(self, node: gs.Node, output: gs.Variable) -> None:
+        if node.op in MOVING_OPS:
+            data = node.inputs[0]
+            if isinstance(data, gs.Variable) and _keeps_codes(node) and self.add(data):
+                self.pairs.append((data.name, output.name))
+                for other in node.outputs:
+                    if other.name in self.known and not other.is_empty() and self.add(other):
+                        self.pairs.append((other.name, output.name))
+        elif node.op in INTEGER_OPS:
+            live = [t for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty()]
+            constant = any(isinstance(t, gs.Constant) for t in node.inputs)
+            if constant and _follows_matmul(live):
+                return  # its bias: the integer matrix product gives float, and the sum stays there
+            if all(t.name in self.known for t in live) and _float_constants(node):
+                for tensor in live:
+                    self.add(tensor)
+                if constant:
+                    self.constants.add(node.name)
+
+
+def _place_ort(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple[Layer, ...]) -> Placement:
+    wanted = _Wanted(graph, known)
+    for node in graph.nodes:
+        if node.name in chosen:
+            wanted.add(node.inputs[0])
+            if node.op == "Conv":  # the integer convolution has no float output; Gemm and MatMul have one
+                wanted.add(node.outputs[0])
+    wanted.spread()
+    for node in graph.nodes:
+        live = [t for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty()]
+        if node.op in TAIL_OPS and live and all(t.name in wanted.names for t in live) and _float_constants(node):
+            if node.op == "MaxPool":
+                wanted.pairs.append((live[0].name, node.outputs[0].name))
+            if wanted.add(node.outputs[0]) and any(isinstance(t, gs.Constant) for t in node.inputs):
+                wanted.constants.add(node.name)
+    return Placement(
+        dict.fromkeys(wanted.names),
+        _merge(pair for pair in wanted.pairs if pair[0] in wanted.names and pair[1] in wanted.names),
+        layers,
+        frozenset(wanted.constants - {n.name for n in graph.nodes if n.op == "Clip"}),
+    )
+
+
+def _place_tensorrt(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple[Layer, ...]) -> Placement:
+    uses: dict[str, set[str]] = {}
+    order = {id(node): index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.name in chosen:
+            uses.setdefault(node.inputs[0].name, set()).add(node.name)
+        elif node.op == "Add" and (shortcut := _shortcut(node, chosen, order)) is not None and shortcut.name in known:
+            uses.setdefault(shortcut.name, set()).add(node.name)
+    return Placement({name: frozenset(nodes) for name, nodes in uses.items()}, (), layers)
+
+
+def _shortcut(node: gs.Node, chosen: set[str], order: dict[int, int]) -> gs.Variable | None:
+    """The operand of a residual Add that does not come straight from the layer that the Add is fused into."""
+    if len(node.inputs) != 2 or not all(isinstance(t, gs.Variable) for t in node.inputs):
+        return None
+    fused = [
+        (order[id(t.inputs[0])], index)
+        for index, t in enumerate(node.inputs)
+        if t.inputs and t.inputs[0].name in chosen and len(t.outputs) == 1 and t.inputs[0].op in ("Conv", "ConvTranspose")
+    ]
+    if not fused:
+        return None
+    shortcut: gs.Variable = node.inputs[1 - max(fused)[1]]
+    return shortcut
+
+
+def _keeps_codes(node: gs.Node) -> bool:
+    """Whether a moving operator yields only codes that it was given (a Resize that interpolates still does, rounded)."""
+    if node.op == "Gather":
+        return isinstance(node.inputs[0], gs.Variable)
+    if node.op == "Resize":
+        return node.attrs.get("mode", "nearest") in ("nearest", "linear")
+    return node.op != "MaxPool" or len(node.outputs) == 1
+
+
+def _follows_matmul(live: list[gs.Variable]) -> bool:
+    return len(live) == 1 and bool(live[0].inputs) and live[0].inputs[0].op == "MatMul"
+
+
+def _float_constants(node: gs.Node) -> bool:
+    """Whether every constant operand of an arithmetic operator is a finite float tensor."""
+    if node.op not in ("Add", "Mul", "Concat"):
+        return True
+    constants = [t.values for t in node.inputs if isinstance(t, gs.Constant)]
+    return all(v.dtype in (np.float32, np.float16) and bool(np.isfinite(v).all()) for v in constants)
+
+
+def _merge(pairs: Iterable[tuple[str, str]]) -> tuple[frozenset[str], ...]:
+    """Union of overlapping pairs.
+
+    >>> sorted(map(sorted, _merge([("a", "b"), ("c", "d"), ("b", "e")])))
+    [['a', 'b', 'e'], ['c', 'd']]
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for left, right in pairs:
+        parent[root(left)] = root(right)
+    members: dict[str, set[str]] = {}
+    for name in parent:
+        members.setdefault(root(name), set()).add(name)
+    return tuple(frozenset(names) for names in members.values() if len(names) > 1)

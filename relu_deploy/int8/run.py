@@ -1,0 +1,154 @@
+"""Quantise a network: place, write, check, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import onnx
+
+from calib.ranges import Ranges, check_fresh
+from relu_deploy import graph as files
+from relu_deploy.errors import QuantizationError
+from relu_deploy.int8.formats import NumberFormat, QParams, number_format
+from relu_deploy.int8.lower import matmul_add_to_gemm, spatial_mean_to_pool
+from relu_deploy.int8.place import QUANTIZED_OPS, Layer, Placement, place
+from relu_deploy.int8.write import Written, write
+from relu_deploy.passes.constants import fold_constants
+
+# The first opset with per-channel QuantizeLinear and DequantizeLinear, and the first with float16 ones.
+_PER_CHANNEL_OPSET = 13
+_FLOAT16_OPSET = 19
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantReport:
+    """What quantising did.
+
+    Attributes:
+        target: The runtime the file is for.
+        weight_bits: 8, or 7 for CPUs without VNNI.
+        layers: Every linear layer, INT8 or float with the reason.
+        activations: Tensor name -> scale and zero point.
+        dropped_activations: ReLU and Clip nodes that became the clipping of a quantiser.
+        opset: Of the file written; raised where Q/DQ needs it.
+        warnings: What a user should know before trusting the file.
+    """
+
+    target: str
+    weight_bits: int
+    layers: tuple[Layer, ...]
+    activations: dict[str, QParams]
+    dropped_activations: tuple[str, ...]
+    opset: int
+    warnings: tuple[str, ...]
+
+    @property
+    def int8_layers(self) -> int:
+        """How many linear layers got INT8 inputs and weights."""
+        return sum(layer.int8 for layer in self.layers)
+
+
+def quantize(
+    model: onnx.ModelProto,
+    ranges: Ranges,
+    *,
+    target: str = "ort",
+    weight_bits: int = 8,
+    keep_float: Iterable[str] = (),
+    check_ranges: bool = True,
+) -> tuple[onnx.ModelProto, QuantReport]:
+    """Quantise a float network to INT8 with Q/DQ.
+
+    Args:
+        model: A checked float model; it is not changed.
+        ranges: Measured on this very model.
+        target: ``ort``, ``tensorrt-rtx`` or ``tensorrt``.
+        weight_bits: 8, or 7 for x86 CPUs without VNNI (``ort`` only).
+        keep_float: Names of linear layers to leave in float.
+        check_ranges: False where the caller knows that ``ranges`` belongs to an equal network with the same tensor names.
+
+    Returns:
+        The quantised model and the report.
+
+    Raises:
+        RangesError: the ranges were measured on another network.
+        QuantizationError: the model is quantised already, has no linear layer, or a name in ``keep_float`` is none.
+        ModelError: its opset cannot be lifted.
+    """
+    number = number_format(target, weight_bits=weight_bits)
+    refuse_quantized(model)
+    if check_ranges:
+        check_fresh(ranges, model)
+    lifted = _prepare(model)
+    graph = files.import_graph(lifted)
+    fold_constants(graph)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    aliases: dict[str, str] = {}
+    if number.unsigned:
+        matmul_add_to_gemm(graph)
+        aliases = spatial_mean_to_pool(graph)
+        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    present = graph.tensors()
+    bounds = {name: (r.min, r.max) for name, r in ranges.tensors.items() if name in present}
+    bounds.update({new: bounds[old] for new, old in aliases.items() if old in bounds})
+    placement = place(graph, bounds, number, keep_float=keep_float)
+    _check_layers(placement, keep_float)
+    written = write(graph, placement, bounds, number)
+    quantized = files.export_graph(graph, lifted)
+    files.check_model(quantized, "the quantised model")
+    return quantized, _report(quantized, placement, written, number)
+
+
+def refuse_quantized(model: onnx.ModelProto) -> None:
+    """Raise where a model holds Q/DQ or integer operators already.
+
+    Raises:
+        QuantizationError: it does; names the first such node.
+    """
+    for node in model.graph.node:
+        if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
+            raise QuantizationError(
+                f"the model is quantised already: node {node.name!r} is a {node.op_type}",
+                hint="start from the float model",
+            )
+
+
+def _prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Lift the opset as far as Q/DQ needs it, and infer the types of all tensors."""
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    lifted = files.convert_opset(model, lowest=_FLOAT16_OPSET if half else _PER_CHANNEL_OPSET)
+    return onnx.shape_inference.infer_shapes(lifted) if lifted.ByteSize() < files.PROTOBUF_LIMIT else lifted
+
+
+def _check_layers(placement: Placement, keep_float: Iterable[str]) -> None:
+    names = {layer.name for layer in placement.layers}
+    for name in keep_float:
+        if name not in names:
+            raise QuantizationError(f"there is no linear layer named {name!r} to keep in float")
+    if not names:
+        raise QuantizationError("the model has no Conv, ConvTranspose, Gemm or MatMul: nothing would become INT8")
+    if not any(layer.int8 for layer in placement.layers):
+        first = placement.layers[0]
+        raise QuantizationError(
+            f"none of the {len(names)} linear layers can become INT8; {first.name}: {first.reason}",
+            hint="measure the ranges on this very model with 'relu-deploy calibrate'",
+        )
+
+
+def _report(model: onnx.ModelProto, placement: Placement, written: Written, number: NumberFormat) -> QuantReport:
+    warnings = []
+    if written.dead:
+        warnings.append(
+            f"{len(written.dead)} tensors were zero in every sample, so their scale is arbitrary: "
+            + ", ".join(written.dead[:5])
+        )
+    if written.dead_channels:
+        total = sum(written.dead_channels.values())
+        warnings.append(f"{total} output channels in {len(written.dead_channels)} layers have only zero weights")
+    if left := [layer for layer in placement.layers if not layer.int8]:
+        warnings.append(f"{len(left)} of {len(placement.layers)} linear layers stay float")
+    return QuantReport(
+        number.target, number.weight_bits, placement.layers, written.activations, tuple(written.dropped),
+        files.opset(model), tuple(warnings),
+    )  # fmt: skip
