@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -101,6 +102,20 @@ def number_format(target: str, *, weight_bits: int = 8) -> NumberFormat:
             on_cpu = known == "ort"
             return NumberFormat(known, on_cpu, weight_bits if on_cpu else 8, on_cpu)
     raise QuantizationError(f"unknown target {target!r}", hint=f"one of {', '.join(TARGETS)}")
+
+
+def weight_bits_for_cpu(flags: Iterable[str]) -> int:
+    """Width of ``ort`` weights that is exact on a CPU: 7 on x86 without VNNI, 8 everywhere else.
+
+    Args:
+        flags: CPU feature names as Linux tells them.
+
+    >>> weight_bits_for_cpu(["avx2"]), weight_bits_for_cpu(["avx2", "avx512_vnni"]), weight_bits_for_cpu(["asimddp"])
+    (7, 8, 8)
+    """
+    has = set(flags)
+    saturates = bool(has & {"avx2", "avx512f"}) and not has & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
+    return 7 if saturates else 8
 
 
 def activation_qparams(low: float, high: float, number: NumberFormat) -> QParams:

@@ -57,6 +57,7 @@ def quantize(
     weight_bits: int = 8,
     keep_float: Iterable[str] = (),
     check_ranges: bool = True,
+    extra_warnings: Iterable[str] = (),
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Quantise a float network to INT8 with Q/DQ.
 
@@ -66,6 +67,7 @@ def quantize(
         target: ``ort``, ``tensorrt-rtx`` or ``tensorrt``.
         weight_bits: 8, or 7 for x86 CPUs without VNNI (``ort`` only).
         keep_float: Names of linear layers to leave in float.
+        extra_warnings: What the caller found worth warning of; they go into the report.
         check_ranges: False where the caller knows that ``ranges`` belongs to an equal network with the same tensor names.
 
     Returns:
@@ -97,7 +99,7 @@ def quantize(
     written = write(graph, placement, bounds, number)
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
-    return quantized, _report(quantized, placement, written, number)
+    return quantized, _report(quantized, placement, written, number, extra_warnings)
 
 
 def refuse_quantized(model: onnx.ModelProto) -> None:
@@ -136,8 +138,10 @@ def _check_layers(placement: Placement, keep_float: Iterable[str]) -> None:
         )
 
 
-def _report(model: onnx.ModelProto, placement: Placement, written: Written, number: NumberFormat) -> QuantReport:
-    warnings = []
+def _report(
+    model: onnx.ModelProto, placement: Placement, written: Written, number: NumberFormat, extra: Iterable[str]
+) -> QuantReport:
+    warnings = list(extra)
     if written.dead:
         warnings.append(
             f"{len(written.dead)} tensors were zero in every sample, so their scale is arbitrary: "

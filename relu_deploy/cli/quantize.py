@@ -1,0 +1,68 @@
+"""``relu-deploy quantize``: a float ONNX file and its ranges to an INT8 one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from calib.files import check_writable
+from calib.ranges import load_ranges
+from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
+from relu_deploy.cli.int8_options import int8_options, weight_width
+from relu_deploy.graph import load_model, save_model
+from relu_deploy.int8.formats import TARGETS
+from relu_deploy.int8.run import QuantReport
+from relu_deploy.int8.run import quantize as quantize_model
+
+
+@click.command(epilog="Example: relu-deploy quantize student.onnx --ranges ranges.json --target ort -o student.int8.onnx")
+@click.argument("model", type=INPUT_FILE)
+@click.option("--ranges", required=True, type=INPUT_FILE, help="Ranges that 'relu-deploy calibrate' measured on MODEL.")
+@click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True, help="Runtime the file is for.")
+@click.option("-o", "--output", required=True, type=OUTPUT_FILE, help="INT8 ONNX file to write.")
+@int8_options
+@json_option
+def command(
+    model: Path, ranges: Path, target: str, output: Path, weight_bits: str, keep_float: tuple[str, ...], json_path: str | None
+) -> None:
+    """Quantise MODEL to INT8 with Q/DQ in the number format of the target.
+
+    ort gets uint8 activations (zero point 0 behind a ReLU, which the quantiser then replaces), int8 weights per output channel
+    and int32 biases. tensorrt-rtx and tensorrt get int8 symmetric activations, int8 weights per output channel, float biases.
+    """
+    check_writable(output)
+    source = load_model(model)
+    width, warning = weight_width(weight_bits, target)
+    quantized, report = quantize_model(
+        source, load_ranges(ranges), target=target, weight_bits=width, keep_float=keep_float, extra_warnings=warning
+    )
+    save_model(quantized, output)
+    emit(report, json_path, lambda: render(report, output))
+
+
+def render(report: QuantReport, output: Path | None = None) -> RenderableType:
+    """The report as a person reads it: a summary, the layers left in float, the warnings."""
+    lines: list[RenderableType] = [Text(summary(report))]
+    left = [layer for layer in report.layers if not layer.int8]
+    if left:
+        table = Table("layer in float", "operator", "why", box=None)
+        for layer in left:
+            table.add_row(layer.name, layer.op, layer.reason)
+        lines.append(table)
+    lines.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
+    if output is not None:
+        lines.append(Text(f"wrote {output}"))
+    return Group(*lines)
+
+
+def summary(report: QuantReport) -> str:
+    """One line: how many layers, tensors and activations became what."""
+    return (
+        f"{report.target}: {report.int8_layers} of {len(report.layers)} linear layers int8 ({report.weight_bits}-bit weights), "
+        f"{len(report.activations)} tensors quantised, {len(report.dropped_activations)} ReLU or Clip became clipping, "
+        f"opset {report.opset}"
+    )
