@@ -72,7 +72,7 @@ class DigitNet(nn.Module):
         return self.classifier(self.features(image))  # type: ignore[no-any-return]
 
 
-def build_network(activation: str = "silu", *, width: int = 16) -> nn.Module:
+def build_network(activation: str = "silu", *, width: int = 24) -> nn.Module:
     """The demo's network with random weights.
 
     Args:

@@ -16,9 +16,9 @@ from relu_deploy.demo.network import build_network
 from relu_deploy.distill.trainer import TrainConfig, TrainReport, accuracy, cross_entropy, fit, hard_label_objective
 from relu_deploy.nn.swap import SwapReport, relu, replace_activations
 
-TEACHER = TrainConfig(epochs=6)
+TEACHER = TrainConfig(epochs=5)
 # The student starts where the teacher ended: fewer passes, at a lower rate, so that it is repaired and not trained anew.
-STUDENT = TrainConfig(epochs=4, learning_rate=1e-3)
+STUDENT = TrainConfig(epochs=3, learning_rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
