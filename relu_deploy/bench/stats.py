@@ -131,8 +131,8 @@ def _interval_ranks(count: int, q: float, tail: float) -> tuple[int, int]:
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     log_pmf = log_factorial[count] - log_factorial - log_factorial[::-1]
     cumulative = np.cumsum(np.exp(log_pmf + below * math.log(q) + (count - below) * math.log1p(-q)))
-    # B = samples below the quantile. Sample k lies above it when B < k, and sample m below it when B >= m. samples_needed
-    # allowed the ends of the range, so rounding of the sum may not push the ranks outside.
+    # B = samples below the quantile. Sample k lies above it when B < k, and sample m below it when B >= m.
+    # samples_needed allowed the ends of the range, so rounding of the sum may not push the ranks outside.
     low = int(np.searchsorted(cumulative, tail, side="right"))
     high = int(np.searchsorted(cumulative, 1 - tail, side="left")) + 1
     return max(low, 1), min(high, count)
