@@ -1,7 +1,7 @@
 """What can go wrong while data is read and ranges are measured.
 
-``ToolkitError`` is the root of every error that is a user's to mend, here and in ``relu_deploy.errors``: it carries what
-failed, on which file or tensor, and the fix. A bug is any other exception and keeps its traceback.
+``ToolkitError`` is the root of every error that is a user's to mend, here and in ``relu_deploy.errors``: it carries
+what failed, on which file or tensor, and the fix. A bug is any other exception and keeps its traceback.
 """
 
 from __future__ import annotations

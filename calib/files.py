@@ -1,4 +1,4 @@
-"""Files that are whole or absent: temporary name, then rename; and the fingerprints that tell stale files from fresh ones."""
+"""Files that are whole or absent (temporary name, then rename), and their hashes."""
 
 from __future__ import annotations
 

@@ -11,5 +11,5 @@ class Progress(Protocol):
     def __call__(self, what: str, done: int, total: int | None) -> None: ...  # noqa: D102
 
 
-def silent(what: str, done: int, total: int | None) -> None:  # noqa: ARG001
+def silent(what: str, done: int, total: int | None) -> None:
     """Say nothing; the default of every function that takes a ``Progress``."""

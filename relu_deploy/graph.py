@@ -1,7 +1,7 @@
 """ONNX files in and out: safe loading, whole writing, names, opset and IR limits.
 
-A file is untrusted: its size is bounded, it is parsed and never executed, and external data is read only from inside the
-folder of the model.
+A file is untrusted: its size is bounded, it is parsed and never executed, and external data is read only from inside
+the folder of the model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import external_data_helper
+from onnx.version_converter import ConvertError
 
 from calib.files import atomic_path, check_writable
 from relu_deploy.errors import FileError, ModelError
@@ -40,8 +41,8 @@ def load_model(path: Path) -> onnx.ModelProto:
 
     Raises:
         FileError: ``path`` is missing or not a file.
-        ModelError: it is damaged, truncated, fails onnx's checker, is of an unsupported version, or its external data is
-            missing, too short or outside the folder of the model.
+        ModelError: it is damaged, truncated, fails onnx's checker, is of an unsupported version, or its external data
+            is missing, too short or outside the folder of the model.
     """
     model = parse_model(path)
     _load_external_data(model, path)
@@ -122,7 +123,7 @@ def convert_opset(model: onnx.ModelProto, *, lowest: int, source: Path | str = "
         return model
     try:
         converted = onnx.version_converter.convert_version(model, lowest)
-    except (RuntimeError, IndexError, ValueError, onnx.checker.ValidationError) as error:
+    except (RuntimeError, IndexError, ValueError, ConvertError, onnx.checker.ValidationError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{source} uses opset {opset(model)} and cannot be lifted to {lowest}: {first}",
@@ -178,8 +179,8 @@ def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
 def name_nodes(graph: onnx.GraphProto) -> None:
     """Give every node a unique name, in place: reports speak of nodes by name.
 
-    >>> model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["":17]> g (float[1] x) => (float[1] y) {y=Relu(x)}')
-    >>> name_nodes(model.graph); model.graph.node[0].name
+    >>> graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [], [])
+    >>> name_nodes(graph); graph.node[0].name
     'Relu_0'
     """
     taken: set[str] = set()
@@ -217,7 +218,8 @@ def count_ops(model: onnx.ModelProto) -> dict[str, int]:
 def _tensor_bytes(model: onnx.ModelProto) -> int:
     """Bytes of all tensors; a lower bound of the file size that does not serialise anything."""
     return sum(
-        len(t.raw_data) or t.ByteSize() for t in external_data_helper._get_all_tensors(model)  # noqa: SLF001
+        len(t.raw_data) or t.ByteSize()
+        for t in external_data_helper._get_all_tensors(model)  # noqa: SLF001
     )
 
 

@@ -15,7 +15,7 @@ COMMANDS = ("demo", "export", "rewrite", "calibrate", "quantize", "build-engine"
 
 
 class _Group(click.Group):
-    """Imports a command when it is used, so that ``--help`` needs no heavy package, and turns errors into exit codes."""
+    """Imports a command when it is used, so that ``--help`` is quick, and turns errors into exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -42,8 +42,8 @@ class _Group(click.Group):
 def main() -> None:
     """Take networks from smooth activations to plain ReLU and into INT8 engines, with every step measured.
 
-    The flow: export -> rewrite -> calibrate -> quantize -> build-engine -> bench. Each step reads and writes files (ONNX,
-    JSON) and works alone; build-engine runs the ones before it as needed; demo runs them all.
+    The flow: export -> rewrite -> calibrate -> quantize -> build-engine -> bench. Each step reads and writes files
+    (ONNX, JSON) and works alone; build-engine runs the ones before it as needed; demo runs them all.
 
     Exit codes: 0 done, 1 a check failed, 2 a mistake in the call or its files.
     """

@@ -40,7 +40,7 @@ def emit(report: Any, json_path: str | None, render: Callable[[], RenderableType
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A ``Progress`` that draws bars on standard error, one for each kind of work; nothing where that is no terminal."""
+    """A ``Progress`` that draws a bar for each kind of work on standard error; nothing where that is no terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),

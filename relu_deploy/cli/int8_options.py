@@ -14,16 +14,19 @@ from relu_deploy.machine import describe_machine
 def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--weight-bits`` and ``--keep-float``."""
     function = click.option(
-        "--keep-float", multiple=True, metavar="NODE", help="Leave this linear layer in float; may be given several times."
+        "--keep-float",
+        multiple=True,
+        metavar="NODE",
+        help="Leave this linear layer in float; may be given several times.",
     )(function)
     return click.option(
         "--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True,
-        help="Width of int8 weights for ort. auto: 7 when this CPU is x86 without VNNI, where 8 would saturate; else 8.",
+        help="Width of int8 weights for ort. auto: 7 where this CPU is x86 without VNNI and 8 would saturate; else 8.",
     )(function)  # fmt: skip
 
 
 def weight_width(choice: str, target: str) -> tuple[int, tuple[str, ...]]:
-    """Resolve ``--weight-bits`` for a target; the second value warns where this CPU decided or contradicts the choice."""
+    """Resolve ``--weight-bits`` for a target; the second value warns where this CPU decided or contradicts it."""
     if target != "ort":
         return 8, ()
     here = weight_bits_for_cpu(describe_machine().flags)
@@ -32,5 +35,7 @@ def weight_width(choice: str, target: str) -> tuple[int, tuple[str, ...]]:
             return 8, ()
         return 7, ("this CPU has no VNNI, so weights have 7 bits; for a CPU that has it, give --weight-bits 8",)
     if choice == "8" and here == 7:
-        return 8, ("this CPU has no VNNI: 8-bit weights saturate here and lose accuracy, on CPUs with VNNI they do not",)
+        return 8, (
+            "this CPU has no VNNI: 8-bit weights saturate here and lose accuracy, on CPUs with VNNI they do not",
+        )
     return int(choice), ()

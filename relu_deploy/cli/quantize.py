@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calib.files import check_writable
-from calib.ranges import load_ranges
+from calib.ranges import load as load_ranges
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.int8_options import int8_options, weight_width
 from relu_deploy.graph import load_model, save_model
@@ -19,7 +19,9 @@ from relu_deploy.int8.run import QuantReport
 from relu_deploy.int8.run import quantize as quantize_model
 
 
-@click.command(epilog="Example: relu-deploy quantize student.onnx --ranges ranges.json --target ort -o student.int8.onnx")
+@click.command(
+    epilog="Example: relu-deploy quantize student.onnx --ranges ranges.json --target ort -o student.int8.onnx"
+)
 @click.argument("model", type=INPUT_FILE)
 @click.option("--ranges", required=True, type=INPUT_FILE, help="Ranges that 'relu-deploy calibrate' measured on MODEL.")
 @click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True, help="Runtime the file is for.")
@@ -27,12 +29,19 @@ from relu_deploy.int8.run import quantize as quantize_model
 @int8_options
 @json_option
 def command(
-    model: Path, ranges: Path, target: str, output: Path, weight_bits: str, keep_float: tuple[str, ...], json_path: str | None
+    model: Path,
+    ranges: Path,
+    target: str,
+    output: Path,
+    weight_bits: str,
+    keep_float: tuple[str, ...],
+    json_path: str | None,
 ) -> None:
     """Quantise MODEL to INT8 with Q/DQ in the number format of the target.
 
-    ort gets uint8 activations (zero point 0 behind a ReLU, which the quantiser then replaces), int8 weights per output channel
-    and int32 biases. tensorrt-rtx and tensorrt get int8 symmetric activations, int8 weights per output channel, float biases.
+    ort gets uint8 activations (zero point 0 behind a ReLU, which the quantiser then replaces), int8 weights per
+    output channel and int32 biases. tensorrt-rtx and tensorrt get int8 symmetric activations, int8 weights per output
+    channel, float biases.
     """
     check_writable(output)
     source = load_model(model)
@@ -62,7 +71,8 @@ def render(report: QuantReport, output: Path | None = None) -> RenderableType:
 def summary(report: QuantReport) -> str:
     """One line: how many layers, tensors and activations became what."""
     return (
-        f"{report.target}: {report.int8_layers} of {len(report.layers)} linear layers int8 ({report.weight_bits}-bit weights), "
+        f"{report.target}: {report.int8_layers} of {len(report.layers)} linear layers int8, "
+        f"{report.weight_bits}-bit weights, "
         f"{len(report.activations)} tensors quantised, {len(report.dropped_activations)} ReLU or Clip became clipping, "
         f"opset {report.opset}"
     )

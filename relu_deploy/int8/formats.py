@@ -85,9 +85,9 @@ def number_format(target: str, *, weight_bits: int = 8) -> NumberFormat:
 
     Args:
         target: One of ``TARGETS``.
-        weight_bits: 8 or 7. x86 CPUs with AVX2 but without VNNI multiply uint8 by int8 with ``vpmaddubsw``, which adds two
-            products into a saturating int16: 255 * 127 * 2 does not fit, 255 * 63 * 2 does. Seven bits lose half a bit of
-            weight precision on average and never saturate. Only ``ort`` runs on such CPUs.
+        weight_bits: 8 or 7. x86 CPUs with AVX2 but without VNNI multiply uint8 by int8 with ``vpmaddubsw``, which
+            adds two products into a saturating int16: 255 * 127 * 2 does not fit, 255 * 63 * 2 does. Seven bits lose
+            half a bit of weight precision on average and never saturate. Only ``ort`` runs on such CPUs.
 
     Raises:
         QuantizationError: unknown target, or a width other than 7 and 8.
@@ -96,7 +96,9 @@ def number_format(target: str, *, weight_bits: int = 8) -> NumberFormat:
     (127, 63)
     """
     if weight_bits not in (7, 8):
-        raise QuantizationError(f"weights of {weight_bits} bits are not supported", hint="use 8, or 7 for CPUs without VNNI")
+        raise QuantizationError(
+            f"weights of {weight_bits} bits are not supported", hint="use 8, or 7 for CPUs without VNNI"
+        )
     for known in TARGETS:
         if target == known:
             on_cpu = known == "ort"
@@ -172,7 +174,8 @@ def widen_for_bias(
     """Weight scales changed so that the int32 bias ``b / (s_x s_w)`` neither overflows nor vanishes.
 
     A channel of tiny weights with a large bias overflows int32: its scale grows until the bias takes 30 bits, so that
-    accumulated products still fit beside it. A channel of zero weights has a free scale: it is chosen for the bias alone.
+    accumulated products still fit beside it. A channel of zero weights has a free scale: it is chosen for the bias
+    alone.
 
     Args:
         scales: Weight scales, shape ``(C,)`` or ``()``.

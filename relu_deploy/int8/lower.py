@@ -11,8 +11,8 @@ import onnx_graphsurgeon as gs
 def spatial_mean_to_pool(graph: gs.Graph) -> dict[str, str]:
     """Rewrite ``ReduceMean`` over all spatial axes of (N, C, H, W) as ``GlobalAveragePool``.
 
-    Exporters write adaptive average pooling to 1x1, and ``x.mean((2, 3))``, as ReduceMean. The two operators are equal up to
-    the order of summation; only the second has an integer kernel.
+    Exporters write adaptive average pooling to 1x1, and ``x.mean((2, 3))``, as ReduceMean. The two operators are
+    equal up to the order of summation; only the second has an integer kernel.
 
     Returns:
         New tensor name -> name of the tensor with the same values, whose range it therefore has.
@@ -36,8 +36,8 @@ def spatial_mean_to_pool(graph: gs.Graph) -> dict[str, str]:
 def matmul_add_to_gemm(graph: gs.Graph) -> int:
     """Rewrite ``MatMul`` with constant weights and ``Add`` of a constant vector as ``Gemm``, for 2-D inputs.
 
-    ONNX Runtime does this by itself before it looks for integer kernels, and then finds a Gemm whose bias carries no int32
-    Q/DQ, which it runs in float. So the Gemm has to exist before its bias is quantised.
+    ONNX Runtime does this by itself before it looks for integer kernels, and then finds a Gemm whose bias carries no
+    int32 Q/DQ, which it runs in float. So the Gemm has to exist before its bias is quantised.
 
     Returns:
         How many pairs were rewritten; a Gemm keeps the name of its MatMul.

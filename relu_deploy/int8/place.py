@@ -2,10 +2,11 @@
 
 Two rules, because two kinds of runtime read the result:
 
-* ``ort``: ONNX Runtime fuses an operator into its integer kernel when *all* its inputs and its output carry Q/DQ. So the
-  body, everything between two linear layers that has an integer kernel, is quantised as a whole and no float island is left.
-* ``tensorrt``, ``tensorrt-rtx``: the compiler moves and fuses by itself and wants Q/DQ in front of every quantised layer, none
-  between a convolution and its ReLU, and on a residual Add the shortcut quantised (TensorRT#1992).
+* ``ort``: ONNX Runtime fuses an operator into its integer kernel when *all* its inputs and its output carry Q/DQ. So
+  the body, everything between two linear layers that has an integer kernel, is quantised as a whole and no float
+  island is left.
+* ``tensorrt``, ``tensorrt-rtx``: the compiler moves and fuses by itself and wants Q/DQ in front of every quantised
+  layer, none between a convolution and its ReLU, and on a residual Add the shortcut quantised (TensorRT#1992).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from relu_deploy.int8.formats import NumberFormat
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Move or select values and do not compute: input and output share one scale, so no requantisation is left.
 MOVING_OPS = (
-    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity", "Resize",
-    "DepthToSpace", "SpaceToDepth", "Expand", "Tile",
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity",
+    "Resize", "DepthToSpace", "SpaceToDepth", "Expand", "Tile",
 )  # fmt: skip
 # ONNX Runtime has an integer kernel for these on the CPU (onnxruntime 1.20 to 1.31, QDQ transformer).
 INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
@@ -65,7 +66,9 @@ class Placement:
     constants: frozenset[str] = frozenset()
 
 
-def place(graph: gs.Graph, measured: Iterable[str], number: NumberFormat, *, keep_float: Iterable[str] = ()) -> Placement:
+def place(
+    graph: gs.Graph, measured: Iterable[str], number: NumberFormat, *, keep_float: Iterable[str] = ()
+) -> Placement:
     """Decide where INT8 goes.
 
     Args:
@@ -120,7 +123,9 @@ def _why_float(node: gs.Node, known: set[str], number: NumberFormat) -> str:
     """Reason why a linear layer cannot be quantised; empty when it can."""
     data, weight = node.inputs[0], node.inputs[1]
     if not isinstance(weight, gs.Constant):
-        return "both operands are computed at run time" if node.op == "MatMul" else "its weights are computed at run time"
+        return (
+            "both operands are computed at run time" if node.op == "MatMul" else "its weights are computed at run time"
+        )
     if isinstance(data, gs.Constant):
         return "its left operand is the constant one"
     if data.name not in known:
@@ -232,7 +237,10 @@ def _shortcut(node: gs.Node, chosen: set[str], order: dict[int, int]) -> gs.Vari
     fused = [
         (order[id(t.inputs[0])], index)
         for index, t in enumerate(node.inputs)
-        if t.inputs and t.inputs[0].name in chosen and len(t.outputs) == 1 and t.inputs[0].op in ("Conv", "ConvTranspose")
+        if t.inputs
+        and t.inputs[0].name in chosen
+        and len(t.outputs) == 1
+        and t.inputs[0].op in ("Conv", "ConvTranspose")
     ]
     if not fused:
         return None
@@ -241,7 +249,7 @@ def _shortcut(node: gs.Node, chosen: set[str], order: dict[int, int]) -> gs.Vari
 
 
 def _keeps_codes(node: gs.Node) -> bool:
-    """Whether a moving operator yields only codes that it was given (a Resize that interpolates still does, rounded)."""
+    """Whether a moving operator has an 8-bit kernel whose output stays inside the range of its input."""
     if node.op == "Gather":
         return isinstance(node.inputs[0], gs.Variable)
     if node.op == "Resize":

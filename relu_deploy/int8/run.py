@@ -68,7 +68,8 @@ def quantize(
         weight_bits: 8, or 7 for x86 CPUs without VNNI (``ort`` only).
         keep_float: Names of linear layers to leave in float.
         extra_warnings: What the caller found worth warning of; they go into the report.
-        check_ranges: False where the caller knows that ``ranges`` belongs to an equal network with the same tensor names.
+        check_ranges: False where the caller knows that ``ranges`` belongs to an equal network with the same tensor
+            names.
 
     Returns:
         The quantised model and the report.

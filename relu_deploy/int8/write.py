@@ -143,8 +143,8 @@ def _quantize_constants(graph: gs.Graph, node: gs.Node, number: NumberFormat) ->
             low, high = (0, 255) if qparams.dtype == "uint8" else (-127, 127)
             codes = np.clip(np.rint(values.astype(np.float64) / qparams.scale) + qparams.zero_point, low, high)
             node.inputs[index] = _dequantized(
-                graph, f"{node.name}/operand_{index}", codes.astype(qparams.dtype), np.asarray(qparams.scale, values.dtype),
-                np.asarray(qparams.zero_point, qparams.dtype), None,
+                graph, f"{node.name}/operand_{index}", codes.astype(qparams.dtype), np.asarray(qparams.scale,
+                values.dtype), np.asarray(qparams.zero_point, qparams.dtype), None,
             )  # fmt: skip
 
 
@@ -188,12 +188,18 @@ def _operands(node: gs.Node) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
 
 
 def _dequantized(
-    graph: gs.Graph, name: str, codes: npt.NDArray[Any], scale: npt.NDArray[Any], zero: npt.NDArray[Any], axis: int | None
+    graph: gs.Graph,
+    name: str,
+    codes: npt.NDArray[Any],
+    scale: npt.NDArray[Any],
+    zero: npt.NDArray[Any],
+    axis: int | None,
 ) -> gs.Variable:
     """A constant stored as codes, and the DequantizeLinear that gives its value."""
     output = gs.Variable(f"{name}/dequantized", dtype=scale.dtype, shape=codes.shape)
     inputs = [
-        gs.Constant(f"{name}/quantized", codes), gs.Constant(f"{name}/scale", scale), gs.Constant(f"{name}/zero_point", zero),
+        gs.Constant(f"{name}/quantized", codes), gs.Constant(f"{name}/scale", scale),
+        gs.Constant(f"{name}/zero_point", zero),
     ]  # fmt: skip
     _append(graph, "DequantizeLinear", name, inputs, output, {} if axis is None or not scale.ndim else {"axis": axis})
     return output
