@@ -1,0 +1,136 @@
+"""What a compiler really did with a network: kernels, precision of each linear layer, activations left, bytes moved.
+
+The facts come from three places: the optimised graph of ONNX Runtime, the programs inside a serialised TensorRT plan, and
+TensorRT's verbose build log. The last two are undocumented; what cannot be read is ``unknown`` or None, never guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Literal
+
+import onnx
+
+from relu_deploy.engines.promise import ACTIVATIONS, promised_int8, why_float
+from relu_deploy.graph import all_nodes
+
+UNKNOWN = "unknown"
+# What a ReLU student may still hold: a ReLU, or the clipping that a ReLU6 (or a quantiser) is.
+RELU_KINDS = frozenset({"relu", "clip"})
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLayer:
+    """One Conv, ConvTranspose, Gemm or MatMul of the network.
+
+    Attributes:
+        name: Its ONNX node.
+        precision: What it multiplies: ``int8``, ``fp16``, ``fp32``, ..., or ``unknown``.
+        output: Type of what it writes: ``int8``, ``fp16``, ``fp32``, ..., or ``unknown``.
+        kernel: The kernel or optimised node that does the work; empty where none was found.
+        relu: Whether a ReLU is fused into that kernel; None: not known.
+        bias: Whether a bias is fused into it; None: not known.
+        reason: Why it is not int8, where that is known.
+    """
+
+    name: str
+    precision: str
+    output: str = UNKNOWN
+    kernel: str = ""
+    relu: bool | None = None
+    bias: bool | None = None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """One activation that is still computed.
+
+    Attributes:
+        name: Its ONNX node, or the kernel where no node could be named.
+        kind: ``relu``, ``clip``, ``silu``, ``sigmoid``, ``erf``, ...
+        kernel: The kernel or node that computes it.
+    """
+
+    name: str
+    kind: str
+    kernel: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What the compiler did.
+
+    Attributes:
+        source: Where the facts were read: ``optimised graph``, ``plan``, ``build log`` or ``none``.
+        kernels: Kernels launched an inference (for ``ort``: nodes executed); None: not known.
+        linear: Every linear layer.
+        activations: Every activation that is still computed, ReLU included.
+        bytes_moved: Bytes read and written an inference: each tensor, also a slice of a concatenation, counted once for
+            each kernel that reads or writes it. None: not known.
+        islands: Float computation between quantised layers, one entry an island: its nodes joined by commas.
+        conflicts: Where the build log and the plan contradict one another.
+        notes: What could not be read, and other remarks.
+    """
+
+    source: Literal["optimised graph", "plan", "build log", "none"]
+    kernels: int | None = None
+    linear: tuple[LinearLayer, ...] = ()
+    activations: tuple[Activation, ...] = ()
+    bytes_moved: int | None = None
+    islands: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def int8(self) -> int:
+        """Number of linear layers that run in int8."""
+        return sum(layer.precision == "int8" for layer in self.linear)
+
+    @property
+    def fallbacks(self) -> tuple[LinearLayer, ...]:
+        """Linear layers that do not run in int8, or of which nothing is known."""
+        return tuple(layer for layer in self.linear if layer.precision != "int8")
+
+    @property
+    def left(self) -> tuple[Activation, ...]:
+        """Activations other than ReLU."""
+        return tuple(activation for activation in self.activations if activation.kind not in RELU_KINDS)
+
+    def activation_counts(self) -> dict[str, int]:
+        """Kind -> number, most frequent first."""
+        return dict(Counter(activation.kind for activation in self.activations).most_common())
+
+
+def disagreements(model: onnx.ModelProto, audit: Audit, *, student: bool = False) -> tuple[str, ...]:
+    """Compare what a Q/DQ network promised with what the compiler did.
+
+    Args:
+        model: What was compiled. Every Conv, ConvTranspose, Gemm and MatMul whose operands both come from a
+            DequantizeLinear promises to run in int8.
+        audit: What the compiler did with it.
+        student: The network is a ReLU student, so that no activation but ReLU may be left at all. Otherwise only kinds of
+            activation that the network does not hold are reported.
+
+    Returns:
+        One sentence for each disagreement; empty when all is as promised.
+    """
+    found, by_name = list(audit.conflicts), {layer.name: layer for layer in audit.linear}
+    for name, op in promised_int8(model).items():
+        layer = by_name.get(name)
+        if layer is None:
+            found.append(f"{op} {name!r} has quantised operands, but the engine holds no kernel that names it")
+        elif layer.precision != "int8":
+            reason = layer.reason or why_float(model, name) or "the reason is not known"
+            found.append(f"{op} {name!r} has quantised operands, but runs in {layer.precision}: {reason}")
+    own = {ACTIVATIONS[node.op_type] for node in all_nodes(model.graph) if node.op_type in ACTIVATIONS}
+    # Spellings that compilers make of one another: x * sigmoid(x) is a SiLU, and either GELU is computed from erf or tanh.
+    own |= {"silu", "hardsigmoid"} if own & {"sigmoid", "silu", "hardswish", "hardsigmoid"} else set()
+    own |= {"gelu", "erf", "tanh"} if own & {"gelu", "erf", "tanh", "mish"} else set()
+    for activation in audit.left:
+        if student:
+            found.append(f"{activation.kind} {activation.name!r} is still computed in a ReLU student")
+        elif activation.kind not in own:
+            found.append(f"{activation.kind} {activation.name!r} is computed, but the network holds none")
+    return tuple(found)
