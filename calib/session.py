@@ -1,0 +1,92 @@
+"""ONNX Runtime sessions that compute the network exactly as it is written, and whose failures name a node."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import EncodeError
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from calib.errors import CalibrationError
+
+PROTOBUF_LIMIT = (1 << 31) - 1
+_ERRORS = (
+    ort_errors.EPFail, ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
+)  # fmt: skip
+_AT_NODE = re.compile(r"running (?P<op>\S+) node\. Name:'(?P<name>[^']*)' Status Message: (?P<why>.*)", re.DOTALL)
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+class Session:
+    """A network that runs on the CPU.
+
+    Graph optimisations are off: a fused operator has no tensor in between, and every tensor is to be measured as it is
+    written. What is measured costs more than what fusion would save.
+    """
+
+    def __init__(self, model: onnx.ModelProto, *, threads: int | None = None, limit: int = PROTOBUF_LIMIT) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # failures are raised, and our message says more than the log line
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads or 0
+        try:
+            with _loadable(model, limit) as loadable:
+                self._session = ort.InferenceSession(loadable, options, providers=["CPUExecutionProvider"])
+        except _ERRORS as error:
+            raise CalibrationError(f"onnxruntime cannot load the model: {_CODE.sub('', str(error)).strip()}") from error
+
+    def describe(self) -> dict[str, tuple[str, Sequence[Any]]]:
+        """Type and shape of each output, as the runtime inferred them. A shape of no axes may also mean: not known."""
+        return {output.name: (output.type, output.shape) for output in self._session.get_outputs()}
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], what: str) -> list[Any]:
+        """Compute outputs.
+
+        Raises:
+            CalibrationError: an operator failed; names it, and ``what`` was fed.
+        """
+        try:
+            values: list[Any] = self._session.run(list(outputs), dict(feeds))
+        except _ERRORS as error:
+            text = _CODE.sub("", str(error)).strip()
+            if match := _AT_NODE.search(text):
+                text = f"{match['op']} node {match['name']!r}: {match['why'].strip()}"
+            raise CalibrationError(f"the network fails on {what}, at {text}") from error
+        return values
+
+
+@contextlib.contextmanager
+def _loadable(model: onnx.ModelProto, limit: int) -> Iterator[bytes | str]:
+    """The model as bytes; past what one message can hold, as a temporary file with its weights beside it."""
+    try:
+        data = model.SerializeToString()
+    except (EncodeError, ValueError):
+        data = b""
+    if data and len(data) <= limit:
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="calib-") as folder:
+        path = Path(folder) / "model.onnx"
+        stored = onnx.ModelProto()
+        stored.CopyFrom(model)
+        onnx.save_model(stored, path, save_as_external_data=True, location="weights", size_threshold=1024)
+        yield str(path)
+
+
+def with_outputs(model: onnx.ModelProto, names: Iterable[str], nodes: Iterable[onnx.NodeProto] = ()) -> onnx.ModelProto:
+    """Copy of a model with nodes appended, and tensors that become outputs. Types are left for the runtime to infer."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.node.extend(nodes)
+    present = {value.name for value in copy.graph.output}
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    return copy
