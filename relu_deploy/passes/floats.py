@@ -1,0 +1,283 @@
+"""What floats make of a region: interval evaluation of every primitive over all finite numbers of a type.
+
+Real arithmetic says that ``0 * f(x)`` is 0; a float says NaN where ``f`` overflows, and ``(x + 2**60) - 2**60`` is ``x`` on
+paper only. So the domain is cut into dyadic boxes ``[2**k, 2**(k+1)]`` of either sign, and on each box every intermediate
+gets an interval and a bound of its rounding error, with infinities and NaN followed as IEEE 754 does.
+
+The result of a smooth function carries no error of its own: the symbolic proof holds for *any* value of an atom, hence for the
+float that the runtime really computed (each step of a program is computed once and is one atom).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from relu_deploy.passes.program import Program, Step
+
+Array = npt.NDArray[np.float64]
+
+# A replacement counts only on a domain that a sane network never leaves: down to 2**-8 of the largest finite value, which is
+# 1.3e36 in float32 and 256 in float16. ``0 * GELU`` passes (it overflows past half of the largest value), ``0 * exp`` does not.
+LEAST_DOMAIN = 2.0**-8
+# Rounding a blend may leave behind, in units of max(|x|, 1) u: a lerp needs 4, a table of 16 hinges some 40.
+MOST_ROUNDING = 64.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatType:
+    """One float format: largest finite value, unit roundoff, smallest normal, lowest exponent of a positive number."""
+
+    name: str
+    largest: float
+    unit: float
+    tiny: float
+    lowest: int
+
+
+FLOAT_TYPES: dict[int, FloatType] = {
+    TensorProto.FLOAT: FloatType("float32", float(np.finfo(np.float32).max), 2.0**-24, 2.0**-126, -149),
+    TensorProto.FLOAT16: FloatType("float16", 65504.0, 2.0**-11, 2.0**-14, -24),
+    TensorProto.BFLOAT16: FloatType("bfloat16", 2.0**127 * (2 - 2.0**-7), 2.0**-8, 2.0**-126, -133),
+    # The intervals themselves are computed in float64, so its unit here is eight of its own: the bound stays a bound.
+    TensorProto.DOUBLE: FloatType("float64", float(np.finfo(np.float64).max), 2.0**-50, 2.0**-1022, -1074),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatBehaviour:
+    """How far real arithmetic can be trusted.
+
+    Attributes:
+        limit: Largest ``D`` such that for every ``|x| <= D`` the result is finite and its error small; 0 if none.
+        rounding: Largest error found inside that domain, relative to ``max(|x|, 1)``; 0 when every operation is exact.
+        culprit: Node behind the first step that is not finite beyond ``limit``; empty when there is none.
+    """
+
+    limit: float
+    rounding: float
+    culprit: str
+
+
+@dataclasses.dataclass
+class Interval:
+    """Floats of one step: ``lo <= value <= hi``, ``|value - real value| <= err``. NaN means: may be NaN."""
+
+    lo: Array
+    hi: Array
+    err: Array
+
+    @property
+    def size(self) -> Array:
+        """Largest magnitude."""
+        return np.maximum(np.abs(self.lo), np.abs(self.hi))
+
+
+def float_behaviour(program: Program, kind: FloatType) -> FloatBehaviour:
+    """Evaluate a region over every finite number of a type, all channels at once."""
+    exponents = np.arange(kind.lowest, math.frexp(kind.largest)[1], dtype=np.float64)
+    low = np.ldexp(1.0, exponents.astype(int))
+    high = np.minimum(low * 2 * (1 - kind.unit / 2), kind.largest)
+    lo, hi = np.concatenate([[0.0], low, -high]), np.concatenate([[0.0], high, -low])
+    values = _run(program, Interval(lo, hi, np.zeros_like(lo)), kind)
+    with np.errstate(all="ignore"):
+        bad = _bad(values[-1], np.maximum(np.minimum(np.abs(lo), np.abs(hi)), 1.0), kind).any(axis=0)
+        relative = (values[-1].err / np.maximum(np.minimum(np.abs(lo), np.abs(hi)), 1.0)).max(axis=0)
+    sides = bad[1:].reshape(2, -1).any(axis=0)
+    if bad[0]:
+        return FloatBehaviour(0.0, 0.0, _culprit(program, values, 0))
+    first = int(np.argmax(sides)) if sides.any() else sides.size
+    good = np.concatenate([[True], np.tile(np.arange(sides.size) < first, 2)])
+    limit = kind.largest if first == sides.size else float(low[first])
+    culprit = "" if first == sides.size else _culprit(program, values, first + 1)
+    return FloatBehaviour(limit, float(relative[good].max()), culprit)
+
+
+def sample(program: Program, constants: npt.ArrayLike, points: Array) -> Array:
+    """Value of one channel at some points, in float64; NaN where it cannot be told."""
+    column = dataclasses.replace(program, constants=np.asarray(constants, dtype=np.float64).reshape(-1, 1))
+    zero = np.zeros_like(points)
+    result = _run(column, Interval(points, points, zero), FLOAT_TYPES[TensorProto.DOUBLE])[-1]
+    with np.errstate(all="ignore"):
+        middle: Array = (result.lo + result.hi) / 2
+    return np.broadcast_to(middle.reshape(-1, middle.shape[-1])[0], points.shape)
+
+
+def _bad(value: Interval, scale: Array, kind: FloatType) -> npt.NDArray[np.bool_]:
+    """Boxes on which a result is not finite or not accurate."""
+    allowed = MOST_ROUNDING * (kind.unit * scale + kind.tiny)
+    fine = np.isfinite(value.lo) & np.isfinite(value.hi) & (value.err <= allowed)
+    return np.atleast_2d(~fine)
+
+
+def _culprit(program: Program, values: list[Interval], box: int) -> str:
+    for origin, value in zip(program.origin, values, strict=True):
+        parts = [np.atleast_2d(part) for part in (value.lo, value.hi, value.err)]
+        if not all(np.isfinite(part[:, min(box, part.shape[1] - 1)]).all() for part in parts):
+            return origin
+    return program.origin[-1]
+
+
+def _run(program: Program, x: Interval, kind: FloatType) -> list[Interval]:
+    channels = program.channels()
+    values: list[Interval] = []
+    with np.errstate(all="ignore"):
+        for step in program.steps:
+            value = x if step.op == "x" else _apply(step, [values[i] for i in step.args], channels, kind)
+            values.append(_overflow(value, kind))
+    return values
+
+
+def _apply(step: Step, args: list[Interval], channels: Array, kind: FloatType) -> Interval:
+    if step.op == "const":
+        row = channels[int(step.param)][:, None]
+        return Interval(row, row, np.zeros_like(row))
+    if step.op == "fn":
+        return _fn(str(step.param), args[0], kind)
+    rules: dict[str, Callable[..., Interval]] = {
+        "add": _add, "mul": _mul, "div": _div, "max": _max, "min": _min, "select": _select,
+        "gt": _compare(lambda lo: lo > 0, lambda hi: hi <= 0),
+        "ge": _compare(lambda lo: lo >= 0, lambda hi: hi < 0),
+        "eq": _equal,
+    }  # fmt: skip
+    rule = rules[step.op]
+    return rule(*args, kind) if step.op in ("add", "mul", "div") else rule(*args)
+
+
+def _overflow(value: Interval, kind: FloatType) -> Interval:
+    """Past the largest finite number a float is infinite, and nothing is known of its error."""
+    # Half a unit more rounds down to the largest number; the constants -inf and inf are themselves, without error.
+    edge = kind.largest * (1 + kind.unit / 2)
+    crosses = (value.hi > edge) | (value.lo < -edge)
+    given = np.isinf(value.lo) & (value.lo == value.hi) & (value.err == 0)
+    lo = np.where(value.lo < -edge, -np.inf, value.lo)
+    hi = np.where(value.hi > edge, np.inf, value.hi)
+    return Interval(lo, hi, np.where(crosses & ~given, np.inf, value.err))
+
+
+def _rounded(size: Array, kind: FloatType, exact: npt.NDArray[np.bool_]) -> Array:
+    return np.where(exact, 0.0, kind.unit * size + kind.tiny)
+
+
+def _is(value: Interval, *numbers: float) -> npt.NDArray[np.bool_]:
+    """Where a step is exactly one of these numbers."""
+    same: npt.NDArray[np.bool_] = (value.lo == value.hi) & (value.err == 0) & np.isin(value.lo, numbers)
+    return same
+
+
+def _add(a: Interval, b: Interval, kind: FloatType) -> Interval:
+    lo, hi = a.lo + b.lo, a.hi + b.hi
+    exact = _is(a, 0.0) | _is(b, 0.0)
+    size = np.maximum(np.abs(lo), np.abs(hi)) + a.err + b.err
+    return Interval(lo, hi, a.err + b.err + _rounded(size, kind, exact))
+
+
+def _mul(a: Interval, b: Interval, kind: FloatType) -> Interval:
+    corners = np.stack(np.broadcast_arrays(a.lo * b.lo, a.lo * b.hi, a.hi * b.lo, a.hi * b.hi))
+    exact = _is(a, 0.0, 1.0, -1.0) | _is(b, 0.0, 1.0, -1.0)
+    # Where a factor is exactly 0 or the other has no error, no error comes over; elsewhere 0 * inf is NaN, rightly.
+    err = _times(a.size, b.err) + _times(b.size, a.err) + _times(a.err, b.err)
+    lo, hi = corners.min(axis=0), corners.max(axis=0)
+    return Interval(lo, hi, err + _rounded(np.maximum(np.abs(lo), np.abs(hi)) + err, kind, exact))
+
+
+def _times(size: Array, err: Array) -> Array:
+    """``size * err`` where an exact 0 of ``err`` wins over an infinite size: the product's own bounds show the overflow."""
+    return np.where(err == 0, 0.0, size * err)
+
+
+def _div(a: Interval, b: Interval, kind: FloatType) -> Interval:
+    least = np.minimum(np.abs(b.lo), np.abs(b.hi)) - b.err
+    corners = np.stack(np.broadcast_arrays(a.lo / b.lo, a.lo / b.hi, a.hi / b.lo, a.hi / b.hi))
+    corners = np.where((b.lo <= b.err) & (b.hi >= -b.err), np.nan, corners)
+    lo, hi = corners.min(axis=0), corners.max(axis=0)
+    size = np.maximum(np.abs(lo), np.abs(hi))
+    err = (a.err + _times(size, b.err)) / least
+    return Interval(lo, hi, err + _rounded(size + err, kind, _is(b, 1.0, -1.0)))
+
+
+def _max(a: Interval, b: Interval) -> Interval:
+    err = np.where(a.lo - a.err >= b.hi + b.err, a.err, np.maximum(a.err, b.err))
+    err = np.where(b.lo - b.err >= a.hi + a.err, b.err, err)
+    return Interval(np.maximum(a.lo, b.lo), np.maximum(a.hi, b.hi), err)
+
+
+def _min(a: Interval, b: Interval) -> Interval:
+    flipped = _max(Interval(-a.hi, -a.lo, a.err), Interval(-b.hi, -b.lo, b.err))
+    return Interval(-flipped.hi, -flipped.lo, flipped.err)
+
+
+def _truth(yes: npt.NDArray[np.bool_], no: npt.NDArray[np.bool_], err: Array) -> Interval:
+    """A comparison: decided, or open; open with inexact sides, the floats may even decide otherwise than the reals."""
+    lo, hi = np.where(yes, 1.0, 0.0), np.where(no, 0.0, 1.0)
+    return Interval(lo, hi, np.where(yes | no | (err == 0), 0.0, 1.0))
+
+
+def _compare(
+    sure: Callable[[Array], npt.NDArray[np.bool_]], never: Callable[[Array], npt.NDArray[np.bool_]]
+) -> Callable[[Interval, Interval], Interval]:
+    def rule(a: Interval, b: Interval) -> Interval:
+        err = a.err + b.err
+        return _truth(sure(a.lo - b.hi - err), never(a.hi - b.lo + err), err)
+
+    return rule
+
+
+def _equal(a: Interval, b: Interval) -> Interval:
+    err = a.err + b.err
+    yes = (a.lo == a.hi) & (b.lo == b.hi) & (a.lo == b.lo) & (err == 0)
+    return _truth(yes, (a.lo - err > b.hi) | (b.lo - err > a.hi), err)
+
+
+def _select(condition: Interval, yes: Interval, no: Interval) -> Interval:
+    """The branch that is not taken may be NaN or infinite: it is never looked at."""
+    lo, hi = np.minimum(yes.lo, no.lo), np.maximum(yes.hi, no.hi)
+    err = np.maximum(yes.err, no.err) + np.where(condition.err == 0, 0.0, hi - lo)
+    taken, refused = _is(condition, 1.0), _is(condition, 0.0)
+    return Interval(*(
+        np.where(taken, y, np.where(refused, n, both))
+        for y, n, both in ((yes.lo, no.lo, lo), (yes.hi, no.hi, hi), (yes.err, no.err, err))
+    ))  # fmt: skip
+
+
+def _narrow(limit: float) -> Callable[[Array], Array]:
+    return lambda v: np.where(np.abs(v) > limit, np.copysign(np.inf, v), v)
+
+
+def _integer(v: Array) -> Array:
+    """Truncation; beyond the range of int32 the result of a cast is not defined."""
+    return np.where(np.abs(v) < 2.0**31, np.trunc(v), np.nan)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+_RISING: dict[str, Callable[[Array], Array]] = {
+    "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "erf": _erf, "tanh": np.tanh, "atan": np.arctan,
+    "sigmoid": lambda v: 1 / (1 + np.exp(-v)), "softplus": lambda v: np.logaddexp(0, v), "asinh": np.arcsinh,
+    "softsign": lambda v: np.where(np.isinf(v), np.sign(v), v / (1 + np.abs(v))), "sinh": np.sinh,
+    "floor": np.floor, "ceil": np.ceil, "round": np.round, "cube": lambda v: v * v * v, "integer": _integer,
+    "float16": _narrow(65520.0), "bfloat16": _narrow(2.0**128),
+}  # fmt: skip
+# Ends that no runtime oversteps.
+_BOUNDED = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "erf": (-1.0, 1.0), "softsign": (-1.0, 1.0)}
+
+
+def _fn(name: str, a: Interval, kind: FloatType) -> Interval:
+    """Range of a smooth function over the floats that can reach it, a few units wider for the runtime's own accuracy."""
+    low, high = a.lo - a.err, a.hi + a.err
+    if name in ("sin", "cos", "cosh"):
+        wave = name != "cosh"
+        top = np.where(np.isfinite(low) & np.isfinite(high), 1.0, np.nan) if wave else np.cosh(np.maximum(-low, high))
+        return Interval(-top if wave else np.ones_like(top), top, np.zeros_like(top))
+    function = _RISING[name]
+    lo, hi = function(low), function(high)
+    if name not in ("floor", "ceil", "round", "integer") and kind.unit > 2.0**-50:
+        low_end, high_end = _BOUNDED.get(name, (-np.inf, np.inf))
+        lo = np.maximum(lo - np.abs(lo) * 8 * kind.unit, low_end)
+        hi = np.minimum(hi + np.abs(hi) * 8 * kind.unit, high_end)
+    return Interval(lo, hi, np.zeros(np.broadcast(lo, hi).shape))

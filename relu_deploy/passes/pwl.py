@@ -1,0 +1,226 @@
+"""Exact piecewise-linear functions of one real variable, over the rationals.
+
+Every float is a dyadic rational, so a network's ReLU, Clip, PReLU, Where and their blends with constant weights are such
+functions with no rounding at all, and two of them can be compared for equality on the whole line instead of on samples.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+
+# A network's own activations have a handful of breakpoints and a learned unit some twenty; towers of Abs double them at
+# each storey, and past this many the arithmetic is no longer cheap.
+MAX_BREAKS = 1024
+
+Line = tuple[Fraction, Fraction]
+ZERO, ONE = Fraction(0), Fraction(1)
+
+
+class NotPiecewiseLinearError(ArithmeticError):
+    """The result has no piecewise-linear form, or one with more than ``MAX_BREAKS`` breakpoints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PiecewiseLinear:
+    """``n`` breakpoints, the value at each, and ``n + 1`` open pieces between them; canonical, so ``==`` is equality.
+
+    Attributes:
+        breaks: Strictly rising abscissae at which the function bends or jumps.
+        points: Value at each of them: ``x > 0`` and ``x >= 0`` differ exactly there.
+        lines: ``(slope, intercept)`` of each open piece, from left to right.
+
+    >>> x = PiecewiseLinear.identity()
+    >>> x.maximum(PiecewiseLinear.constant(0)) == x.greater().times(x)
+    True
+    """
+
+    breaks: tuple[Fraction, ...]
+    points: tuple[Fraction, ...]
+    lines: tuple[Line, ...]
+
+    @classmethod
+    def identity(cls) -> PiecewiseLinear:
+        """``f(x) = x``."""
+        return cls((), (), ((ONE, ZERO),))
+
+    @classmethod
+    def constant(cls, value: Fraction | int) -> PiecewiseLinear:
+        """``f(x) = value``."""
+        return cls((), (), ((ZERO, Fraction(value)),))
+
+    def __call__(self, x: Fraction | int) -> Fraction:
+        """Value at ``x``."""
+        index = bisect.bisect_left(self.breaks, x)
+        if index < len(self.breaks) and self.breaks[index] == x:
+            return self.points[index]
+        slope, intercept = self.lines[index]
+        return slope * x + intercept
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it has one value everywhere."""
+        return not self.breaks and self.lines[0][0] == 0
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether it is one straight line."""
+        return not self.breaks
+
+    @property
+    def is_step(self) -> bool:
+        """Whether every piece is flat."""
+        return all(slope == 0 for slope, _ in self.lines)
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether no breakpoint is a jump."""
+        return all(
+            point == a * x + b == c * x + d
+            for x, point, (a, b), (c, d) in zip(self.breaks, self.points, self.lines[:-1], self.lines[1:], strict=True)
+        )
+
+    def plus(self, other: PiecewiseLinear) -> PiecewiseLinear:
+        """``self + other``."""
+        return self._zip(other, lambda f, g: (f[0] + g[0], f[1] + g[1]), lambda a, b: a + b)
+
+    def scaled(self, factor: Fraction | int) -> PiecewiseLinear:
+        """``factor * self``."""
+        return self.times(PiecewiseLinear.constant(factor))
+
+    def minus(self, other: PiecewiseLinear) -> PiecewiseLinear:
+        """``self - other``."""
+        return self.plus(other.scaled(-1))
+
+    def times(self, other: PiecewiseLinear) -> PiecewiseLinear:
+        """``self * other``, where on every piece one of the two is flat.
+
+        Raises:
+            NotPiecewiseLinearError: on some piece neither is, so that the product is a parabola.
+        """
+        return self._zip(other, _line_product, lambda a, b: a * b)
+
+    def reciprocal(self) -> PiecewiseLinear:
+        """``1 / self`` for a step function that is nowhere zero.
+
+        Raises:
+            NotPiecewiseLinearError: it is not one.
+        """
+        if not self.is_step or 0 in self.points or any(value == 0 for _, value in self.lines):
+            raise NotPiecewiseLinearError("the reciprocal of this function is not piecewise linear")
+        lines = tuple((ZERO, 1 / value) for _, value in self.lines)
+        return PiecewiseLinear(self.breaks, tuple(1 / point for point in self.points), lines)
+
+    def greater(self) -> PiecewiseLinear:
+        """1 where ``self > 0``, else 0."""
+        return self._signs(lambda value: value > 0)
+
+    def greater_equal(self) -> PiecewiseLinear:
+        """1 where ``self >= 0``, else 0."""
+        return self._signs(lambda value: value >= 0)
+
+    def equal_zero(self) -> PiecewiseLinear:
+        """1 where ``self == 0``, else 0."""
+        return self._signs(lambda value: value == 0)
+
+    def choose(self, yes: PiecewiseLinear, no: PiecewiseLinear) -> PiecewiseLinear:
+        """``yes`` where ``self`` (0 or 1 everywhere) is 1, ``no`` where it is 0."""
+        return self.times(yes).plus(PiecewiseLinear.constant(1).minus(self).times(no))
+
+    def maximum(self, other: PiecewiseLinear) -> PiecewiseLinear:
+        """The larger of the two, pointwise."""
+        return self.minus(other).greater().choose(self, other)
+
+    def minimum(self, other: PiecewiseLinear) -> PiecewiseLinear:
+        """The smaller of the two, pointwise."""
+        return self.minus(other).greater().choose(other, self)
+
+    def after(self, inner: PiecewiseLinear) -> PiecewiseLinear:
+        """Composition: ``self(inner(x))``."""
+        spots = {
+            (value - intercept) / slope for slope, intercept in inner.lines if slope for value in self.breaks
+        }  # a superset of the bends: spots outside their piece vanish in canonical form
+        breaks, lines, points = inner._refined(spots)
+        new_lines = []
+        for index, (slope, intercept) in enumerate(lines):
+            inside = slope * _inside(breaks, index) + intercept
+            if slope == 0:
+                new_lines.append((ZERO, self(intercept)))
+                continue
+            a, b = self.lines[bisect.bisect_left(self.breaks, inside)]
+            new_lines.append((a * slope, a * intercept + b))
+        return _canonical(breaks, [self(point) for point in points], new_lines)
+
+    def equals_on(self, other: PiecewiseLinear, limit: Fraction) -> bool:
+        """Whether the two agree at every ``x`` with ``|x| <= limit``."""
+        difference = self.minus(other)
+        if any(abs(x) <= limit and point for x, point in zip(difference.breaks, difference.points, strict=True)):
+            return False
+        first, last = bisect.bisect_right(difference.breaks, -limit), bisect.bisect_left(difference.breaks, limit)
+        return all(difference.lines[i] == (0, 0) for i in range(first, last + 1))
+
+    def is_relu(self, limit: Fraction | None = None) -> bool:
+        """Whether it is ``max(x, 0)`` on the whole line, or wherever ``|x| <= limit``."""
+        return self == RELU if limit is None else self.equals_on(RELU, limit)
+
+    def _zip(
+        self,
+        other: PiecewiseLinear,
+        on_lines: Callable[[Line, Line], Line],
+        on_points: Callable[[Fraction, Fraction], Fraction],
+    ) -> PiecewiseLinear:
+        """Apply an operation piece by piece on the common refinement."""
+        breaks, mine, my_points = self._refined(other.breaks)
+        _, theirs, their_points = other._refined(self.breaks)
+        lines = [on_lines(f, g) for f, g in zip(mine, theirs, strict=True)]
+        return _canonical(breaks, [on_points(a, b) for a, b in zip(my_points, their_points, strict=True)], lines)
+
+    def _refined(self, extra: Iterable[Fraction]) -> tuple[list[Fraction], list[Line], list[Fraction]]:
+        """The same function cut at more places: breaks, lines, points."""
+        breaks = sorted({*self.breaks, *extra})
+        if len(breaks) > MAX_BREAKS:
+            raise NotPiecewiseLinearError(f"more than {MAX_BREAKS} breakpoints")
+        places = [bisect.bisect_left(self.breaks, x) for x in breaks]
+        # The piece left of breaks[k] is the piece of self that ends at or after it.
+        return breaks, [*(self.lines[p] for p in places), self.lines[-1]], [self(x) for x in breaks]
+
+    def _signs(self, test: Callable[[Fraction], bool]) -> PiecewiseLinear:
+        """1 where ``test`` holds; it may change only at a breakpoint or where a piece crosses zero."""
+        breaks, lines, points = self._refined(-b / a for a, b in self.lines if a)
+        values = [a * _inside(breaks, index) + b for index, (a, b) in enumerate(lines)]
+        return _canonical(
+            breaks, [ONE if test(p) else ZERO for p in points], [(ZERO, ONE if test(v) else ZERO) for v in values]
+        )
+
+
+def _inside(breaks: list[Fraction], index: int) -> Fraction:
+    """A point strictly inside open piece ``index``."""
+    if not breaks:
+        return ZERO
+    if index == 0:
+        return breaks[0] - 1
+    if index == len(breaks):
+        return breaks[-1] + 1
+    return (breaks[index - 1] + breaks[index]) / 2
+
+
+def _line_product(f: Line, g: Line) -> Line:
+    if f[0] and g[0]:
+        raise NotPiecewiseLinearError("a product of two sloped pieces is a parabola")
+    return f[0] * g[1] + g[0] * f[1], f[1] * g[1]
+
+
+def _canonical(breaks: list[Fraction], points: list[Fraction], lines: list[Line]) -> PiecewiseLinear:
+    """Drop breakpoints at which nothing happens."""
+    keep = [
+        k
+        for k, x in enumerate(breaks)
+        if lines[k] != lines[k + 1] or points[k] != lines[k][0] * x + lines[k][1]
+    ]
+    kept_lines = (*(lines[k] for k in keep), lines[-1])
+    return PiecewiseLinear(tuple(breaks[k] for k in keep), tuple(points[k] for k in keep), kept_lines)
+
+
+RELU = PiecewiseLinear.identity().maximum(PiecewiseLinear.constant(0))
