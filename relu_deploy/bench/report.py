@@ -82,6 +82,7 @@ class EngineResult:
         target: ``onnx`` for a plain file run by ONNX Runtime, else the backend.
         precision: ``int8``, ``fp32``, ...
         size_bytes: On disk.
+        layers: Linear layers in int8, and all of them, from the manifest; None for a plain file.
         load_seconds: Opening it, once.
         peak_bytes: Largest resident memory of its process.
         clock: ``host``: wall time of one call, in its process; ``engine``: by the engine's own clock.
@@ -100,6 +101,7 @@ class EngineResult:
     target: str
     precision: str
     size_bytes: int
+    layers: tuple[int, int] | None
     load_seconds: float
     peak_bytes: int
     clock: str
@@ -173,6 +175,7 @@ def summarise(found: Measured, original: Raw | None, settings: Settings) -> Engi
         target=found.subject.target,
         precision=found.subject.precision,
         size_bytes=found.subject.size_bytes,
+        layers=found.subject.layers,
         load_seconds=found.load_seconds,
         peak_bytes=found.peak_bytes,
         clock=found.clock,

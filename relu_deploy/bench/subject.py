@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import external_data_helper
 
-from calib.files import read_json
 from relu_deploy.bench.protocol import PLAIN_ONNX
+from relu_deploy.engines.manifest import manifest_path, read_manifest
 from relu_deploy.errors import EngineError, FileError
 from relu_deploy.graph import all_nodes, load_model, parse_model
 
@@ -30,6 +30,7 @@ class Subject:
         target: ``onnx`` for a plain file, else the backend that built it.
         precision: ``int8``, ``fp32``, ``fp16``, ... or ``unknown``.
         size_bytes: On disk, with external data.
+        layers: Linear layers that run in int8, and all of them, as the build found; None for a plain file.
     """
 
     path: Path
@@ -37,11 +38,7 @@ class Subject:
     target: str
     precision: str
     size_bytes: int
-
-
-def manifest_path(engine: Path) -> Path:
-    """Where the manifest of an engine lies: ``<engine>.json`` beside it."""
-    return engine.with_name(f"{engine.name}.json")
+    layers: tuple[int, int] | None = None
 
 
 def read_subject(path: Path) -> Subject:
@@ -50,7 +47,7 @@ def read_subject(path: Path) -> Subject:
     Raises:
         FileError: it is missing.
         ModelError: it is an ONNX file that is damaged or unsupported.
-        EngineError: it is neither an ONNX file nor an engine with a manifest.
+        EngineError: it is neither an ONNX file nor an engine with a manifest, or not the engine its manifest describes.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -110,7 +107,10 @@ def _external_bytes(path: Path) -> int:
 
 
 def _read_engine(path: Path) -> Subject:
-    manifest: Any = read_json(manifest_path(path))
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("target"), str):
-        raise EngineError(f"{manifest_path(path)} is no manifest of an engine: it names no target")
-    return Subject(path, path.name, manifest["target"], str(manifest.get("precision", "unknown")), path.stat().st_size)
+    """An engine whose manifest describes the file that lies there; damaged and stale ones are refused."""
+    report = read_manifest(path)
+    audit = report.audit
+    counts = Counter(layer.precision for layer in audit.linear)
+    precision = "int8" if audit.int8 else counts.most_common(1)[0][0] if counts else "unknown"
+    layers = (audit.int8, len(audit.linear)) if audit.linear else None
+    return Subject(path, path.name, report.target, precision, report.engine_bytes, layers)
