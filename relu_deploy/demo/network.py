@@ -85,3 +85,8 @@ def build_network(activation: str = "silu", *, width: int = 24) -> nn.Module:
     if activation not in ACTIVATIONS:
         raise TrainingError(f"the demo's network has no activation {activation!r}", hint=", ".join(ACTIVATIONS))
     return DigitNet(ACTIVATIONS[activation], width)
+
+
+def build_relu_network() -> nn.Module:
+    """The student's shape: the demo's network with ReLU. Its weights have the names of the teacher's."""
+    return build_network("relu")

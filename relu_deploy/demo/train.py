@@ -75,7 +75,9 @@ def distil_student(
     student, swap = replace_activations(teacher, relu)
     images, labels = _tensors(digits.train_images, digits.train_labels)
     objective = hard_label_objective(teacher)
-    training = fit(student, images, labels, objective=objective, config=config, what="distil student", progress=progress)
+    training = fit(
+        student, images, labels, objective=objective, config=config, what="distil student", progress=progress
+    )
     return Trained(student, _test_accuracy(student, digits), training, swap)
 
 

@@ -132,9 +132,7 @@ def _check_arguments(model: nn.Module, new: Callable[[nn.Module], nn.Module], ke
             raise TrainingError(f"the pattern {pattern!r} of keep matches no module of {type(model).__name__}")
 
 
-def _reason_to_leave(
-    module: nn.Module, name: str, kinds: Sequence[type[nn.Module]], keep: Sequence[str]
-) -> str | None:
+def _reason_to_leave(module: nn.Module, name: str, kinds: Sequence[type[nn.Module]], keep: Sequence[str]) -> str | None:
     """None: replace it. A reason: leave it and say so. Empty: it is no activation."""
     for kind in kinds:
         if isinstance(module, kind):
