@@ -61,7 +61,8 @@ def _read_percentiles(ctx: click.Context, param: click.Parameter, value: str) ->
 @click.option("--threads", type=click.IntRange(min=1), help="Of each runtime.  [default: all processors allowed]")
 @click.option(
     "--percentiles",
-    type=_Percentiles(),
+    callback=_read_percentiles,
+    metavar="P,P,...",
     default="50,90,95,99",
     show_default=True,
     help="Printed only where there are runs enough.",
