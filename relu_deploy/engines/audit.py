@@ -1,7 +1,7 @@
 """What a compiler really did with a network: kernels, precision of each linear layer, activations left, bytes moved.
 
-The facts come from three places: the optimised graph of ONNX Runtime, the programs inside a serialised TensorRT plan, and
-TensorRT's verbose build log. The last two are undocumented; what cannot be read is ``unknown`` or None, never guessed.
+The facts come from three places: the optimised graph of ONNX Runtime, the programs inside a serialised TensorRT plan,
+and TensorRT's verbose build log. The last two are undocumented; what cannot be read is ``unknown`` or None, never guessed.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def disagreements(model: onnx.ModelProto, audit: Audit, *, student: bool = False
         model: What was compiled. Every Conv, ConvTranspose, Gemm and MatMul whose operands both come from a
             DequantizeLinear promises to run in int8.
         audit: What the compiler did with it.
-        student: The network is a ReLU student, so that no activation but ReLU may be left at all. Otherwise only kinds of
-            activation that the network does not hold are reported.
+        student: The network is a ReLU student, so that no activation but ReLU may be left at all. Otherwise only
+            kinds of activation that the network does not hold are reported.
 
     Returns:
         One sentence for each disagreement; empty when all is as promised.
@@ -125,7 +125,7 @@ def disagreements(model: onnx.ModelProto, audit: Audit, *, student: bool = False
             reason = layer.reason or why_float(model, name) or "the reason is not known"
             found.append(f"{op} {name!r} has quantised operands, but runs in {layer.precision}: {reason}")
     own = {ACTIVATIONS[node.op_type] for node in all_nodes(model.graph) if node.op_type in ACTIVATIONS}
-    # Spellings that compilers make of one another: x * sigmoid(x) is a SiLU, and either GELU is computed from erf or tanh.
+    # Compilers respell: x * sigmoid(x) becomes a SiLU, and a GELU is computed from erf or tanh.
     own |= {"silu", "hardsigmoid"} if own & {"sigmoid", "silu", "hardswish", "hardsigmoid"} else set()
     own |= {"gelu", "erf", "tanh"} if own & {"gelu", "erf", "tanh", "mish"} else set()
     for activation in audit.left:

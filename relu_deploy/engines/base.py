@@ -58,7 +58,8 @@ class ShapeRange:
         ordered = zip(self.minimum, self.optimum, self.maximum, strict=False)
         if len(lengths) != 1 or not all(0 <= low <= middle <= high for low, middle, high in ordered):
             raise EngineError(
-                f"a shape range needs min <= opt <= max on every axis, not {self.minimum}, {self.optimum}, {self.maximum}"
+                f"a shape range needs min <= opt <= max on every axis, not {self.minimum}, {self.optimum}, "
+                f"{self.maximum}"
             )
 
 

@@ -45,7 +45,8 @@ def build_engine(
     check_writable(out)
     loaded = load_model(model) if isinstance(model, Path) else _named(model)
     inputs, outputs = model_io(loaded)
-    # A folder of its own, because a large engine is two files that name one another; beside `out`, so that renaming is atomic.
+    # A folder of its own, because a large engine is two files that name one another; beside `out`, so that renaming
+    # is atomic.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         built = Path(folder) / out.name
         with _source(loaded, Path(folder)) as source:
@@ -77,7 +78,7 @@ def build_engine(
 
 
 def _publish(parts: list[Path], out: Path) -> None:
-    """Move a finished engine into place. Whatever interrupts this, the old manifest then refuses the new file by its hash."""
+    """Move a finished engine into place. The manifest goes first: an interruption leaves no engine that would open."""
     manifest_path(out).unlink(missing_ok=True)
     if len(parts) == 1:
         data_path(out).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The manifest beside every engine: its build report, and the hash that tells a stale or damaged engine from the right one."""
+"""The manifest beside every engine: its build report, and the hash that tells the right file from a stale one."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _check_hashes(engine: Path, hashes: dict[str, Any]) -> None:
             raise EngineError(f"{engine}: its weights are missing: {file.name} does not lie beside it")
         if sha256_file(file) != expected:
             raise EngineError(
-                f"{file} is not the file that {manifest_path(engine).name} describes: it is damaged, cut short or stale",
+                f"{file} is not what {manifest_path(engine).name} describes: it is damaged, cut short or stale",
                 hint="copy both files again, or build the engine again",
             )
 

@@ -65,9 +65,9 @@ class OrtEngine:
 def _compiler(model: onnx.ModelProto) -> Compile:
     """Optimise ``model`` with the ``extended`` level of graph optimisation.
 
-    That level turns Q/DQ into integer operators and fuses what fuses. The levels above it (``layout`` and ``all``) write
-    the channel order and blocking of the CPU that builds into the file, which another CPU could not load or would run
-    slowly; they are applied again when the engine is opened, on the CPU that runs it.
+    That level turns Q/DQ into integer operators and fuses what fuses. The levels above it (``layout`` and ``all``)
+    write the channel order and blocking of the CPU that builds into the file, which another CPU could not load or
+    would run slowly; they are applied again when the engine is opened, on the CPU that runs it.
     """
 
     def optimise(source: bytes | Path, out: Path) -> Audit:

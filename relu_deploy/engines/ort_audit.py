@@ -22,10 +22,10 @@ INT8_LINEAR = frozenset({
 FLOAT_OUTPUT = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention"})
 # Moves data or makes shapes, computes nothing: not an island by itself.
 _FREE = frozenset({
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Slice", "Gather", "Cast",
-    "Concat", "Split", "Expand", "Size", "ConstantOfShape", "Range",
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Slice", "Gather",
+    "Cast", "Concat", "Split", "Expand", "Size", "ConstantOfShape", "Range",
 })  # fmt: skip
-_FLOATS = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.DOUBLE: "fp64",
+_FLOATS: dict[int, str] = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.DOUBLE: "fp64",
            onnx.TensorProto.BFLOAT16: "bf16"}  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def _linear(node: onnx.NodeProto, types: dict[str, str], names: set[str], source
 
 
 def _why_not_fused(source: onnx.ModelProto, name: str) -> str | None:
-    """Why a layer with quantised operands stayed float: its way to the next quantiser is not one that onnxruntime fuses."""
+    """Why a layer with quantised operands stayed float: what lies between it and the next quantiser does not fuse."""
     node = next((node for node in all_nodes(source.graph) if node.name == name), None)
     if node is None:
         return None
@@ -97,7 +97,7 @@ def _activations(node: onnx.NodeProto, names: set[str]) -> Iterable[Activation]:
 
 
 def _islands(nodes: list[onnx.NodeProto]) -> tuple[str, ...]:
-    """Groups of float nodes that lie between quantised ones: with integers somewhere before and somewhere after them."""
+    """Groups of float nodes that lie between quantised ones: with integers somewhere before and after them."""
     before, after = _reached(nodes, forward=True), _reached(nodes[::-1], forward=False)
     inside = [node for node in nodes if node.name in before & after and not _is_integer(node)]
     made_by = {output: node.name for node in inside for output in node.output}
