@@ -1,7 +1,8 @@
 """What a compiler really did with a network: kernels, precision of each linear layer, activations left, bytes moved.
 
 The facts come from three places: the optimised graph of ONNX Runtime, the programs inside a serialised TensorRT plan,
-and TensorRT's verbose build log. The last two are undocumented; what cannot be read is ``unknown`` or None, never guessed.
+and TensorRT's verbose build log. The last two are undocumented; what cannot be read is ``unknown`` or None, never
+guessed.
 """
 
 from __future__ import annotations

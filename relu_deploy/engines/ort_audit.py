@@ -22,8 +22,8 @@ INT8_LINEAR = frozenset({
 FLOAT_OUTPUT = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention"})
 # Moves data or makes shapes, computes nothing: not an island by itself.
 _FREE = frozenset({
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Slice", "Gather",
-    "Cast", "Concat", "Split", "Expand", "Size", "ConstantOfShape", "Range",
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Slice",
+    "Gather", "Cast", "Concat", "Split", "Expand", "Size", "ConstantOfShape", "Range",
 })  # fmt: skip
 _FLOATS: dict[int, str] = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.DOUBLE: "fp64",
            onnx.TensorProto.BFLOAT16: "bf16"}  # fmt: skip
