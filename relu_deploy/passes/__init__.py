@@ -1,0 +1,23 @@
+"""Graph passes: what a network computes stays, what it costs goes down.
+
+The pipeline, in order. A pass takes a graphsurgeon graph, edits it in place and returns a ``PassReport``; ``run.rewrite`` applies
+them until none finds anything to do, and compares the result with the original.
+"""
+
+from __future__ import annotations
+
+from relu_deploy.passes.batchnorm import fold_batchnorm
+from relu_deploy.passes.collapse import collapse_relu
+from relu_deploy.passes.constants import fold_constants
+from relu_deploy.passes.dead import remove_dead_nodes
+from relu_deploy.passes.identity import remove_identities
+
+PIPELINE = (
+    fold_constants,  # side inputs such as 1 - gamma become numbers that the passes after it can read
+    remove_identities,  # nothing stands between a layer and what follows it
+    fold_batchnorm,  # before regions are looked at: a folded one ends in the layer, not in the activation
+    collapse_relu,
+    remove_dead_nodes,
+)
+
+__all__ = ["PIPELINE", "collapse_relu", "fold_batchnorm", "fold_constants", "remove_dead_nodes", "remove_identities"]

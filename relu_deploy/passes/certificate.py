@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+EXACT = "bit for bit"
+
+
+def is_exact(note: str) -> bool:
+    """Whether the text of a certificate claims that not one bit changes."""
+    return note.endswith(EXACT)
+
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
@@ -31,5 +38,5 @@ class Certificate:
         where = f"every finite {self.dtype}" if self.whole else f"|x| <= {self.limit:.4g} ({self.dtype})"
         claim = f"equals ReLU for {where}" if self.eps == 0 else f"within {self.eps:.3g} of ReLU for {where}"
         if self.rounding == 0:
-            return f"{claim}, bit for bit" if self.eps == 0 else claim
+            return f"{claim}, {EXACT}" if self.eps == 0 else claim
         return f"{claim} in exact arithmetic; the original's own rounding is at most {self.rounding:.2g} max(|x|, 1)"

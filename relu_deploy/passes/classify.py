@@ -72,10 +72,13 @@ def _one_break(function: PiecewiseLinear) -> Activation | None:
 
 
 def _clipped(function: PiecewiseLinear) -> Activation | None:
-    """Clipped ReLU, and Clip with any other bounds."""
-    if len(function.breaks) != 2 or not function.is_continuous or function.lines[1] != (1, 0):
+    """Clipped ReLU, Clip with any other bounds, and HardSigmoid: flat, sloped, flat."""
+    if len(function.breaks) != 2 or not function.is_continuous or function.lines[0][0] or function.lines[2][0]:
         return None
-    if function.lines[0][0] or function.lines[2][0]:
+    if (function.lines[0][1], function.lines[2][1]) == (0, 1) and function.lines[1] != (1, 0):
+        ends = " to ".join(f"{float(x):.4g}" for x in function.breaks)
+        return Activation("hard_sigmoid", f"HardSigmoid rising from {ends}", exact=True)
+    if function.lines[1] != (1, 0):
         return None
     low, high = (float(x) for x in function.breaks)
     kind = {(0.0, 6.0): "relu6"}.get((low, high), "clipped_relu" if low == 0 else "clip")

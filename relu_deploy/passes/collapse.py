@@ -78,7 +78,8 @@ class _Collapse:
             needed[id(top)] = top
             followers.setdefault(id(top), []).append(cut)
         self._gates()
-        changed = tuple(self._replace(top, cut) for top, cut, _ in reversed(self._replaced))
+        places = {id(node): index for index, node in enumerate(self.graph.nodes)}
+        changed = tuple(self._replace(top, cut, places) for top, cut, _ in reversed(self._replaced))
         notes = {name: str(item[2]) for name, item in zip(changed, reversed(self._replaced), strict=True)}
         return PassReport("collapse_relu", changed, tuple(reversed(self._skipped.values())), notes)
 
@@ -213,16 +214,14 @@ class _Collapse:
         assert cut.node is not None  # noqa: S101 - only tensors that a node makes are skipped
         self._skipped[cut.node.name] = Skip(cut.node.name, reason)
 
-    def _replace(self, top: Cut, cut: Cut) -> str:
-        """Let a Relu make the tensor, under its old name; the old producer goes when nobody else needs it."""
+    def _replace(self, top: Cut, cut: Cut, places: dict[int, int]) -> str:
+        """Let a Relu make the tensor, under its old name and in the old node's place; nobody reads the old node any more."""
         old, tensor = cut.node, cut.tensor
         assert old is not None  # noqa: S101 - only tensors that a node makes are replaced
-        where = next(index for index, node in enumerate(self.graph.nodes) if node is old)
-        position = next(index for index, output in enumerate(old.outputs) if output is tensor)
-        old.outputs[position] = gs.Variable(f"{tensor.name}/before_relu", tensor.dtype, tensor.shape)
-        name, old.name = old.name, f"{old.name}/before_relu"
-        self.graph.nodes.insert(where, gs.Node("Relu", name, inputs=[top.tensor], outputs=[tensor]))
-        return name
+        old.inputs.clear()
+        old.outputs.clear()
+        self.graph.nodes[places[id(old)]] = gs.Node("Relu", old.name, inputs=[top.tensor], outputs=[tensor])
+        return str(old.name)
 
 
 def _affordable_nodes(cut: Cut) -> list[gs.Node]:

@@ -1,0 +1,138 @@
+"""Turn what depends on constants alone into initializers: Constant nodes, side inputs such as ``1 - gamma``, shape arithmetic.
+
+Each node is computed by ONNX Runtime itself, so the value is the one that a runtime would have computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from relu_deploy.report import PassReport, Skip
+
+# A folded value may be as large as what it was computed from, or this many bytes: shape arithmetic, masks, small tables.
+FREE_BYTES = 1 << 16
+# Quantised weights must stay behind their DequantizeLinear; random numbers are not constants.
+_NEVER = (
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike",
+    "RandomUniformLike", "Bernoulli", "Multinomial", "If", "Loop", "Scan",
+)  # fmt: skip
+_ORT_FAILURES = (
+    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.NotImplemented,
+    ort_errors.RuntimeException, ort_errors.InvalidProtobuf,
+)  # fmt: skip
+
+
+def fold_constants(graph: gs.Graph) -> PassReport:
+    """Compute nodes whose inputs are all known, where the result is small.
+
+    Args:
+        graph: Sorted topologically, shapes known where they can be. Edited in place.
+
+    Returns:
+        Changed: the nodes that became initializers. Skipped: those whose result would be large or cannot be computed.
+    """
+    changed: list[str] = []
+    skipped: list[Skip] = []
+    outputs = {id(tensor) for tensor in graph.outputs}
+    for node in graph.nodes:
+        used = [tensor for tensor in node.outputs if not tensor.is_empty()]
+        if node.op in _NEVER or node.domain not in (None, "", "ai.onnx") or len(used) != 1 or id(used[0]) in outputs:
+            continue
+        try:
+            value = _value_of(node, graph)
+        except _CannotFoldError as error:
+            skipped.append(Skip(node.name, str(error)))
+            continue
+        if value is not None:
+            used[0].inputs.clear()
+            used[0].to_constant(value)
+            changed.append(node.name)
+    return PassReport("fold_constants", tuple(changed), tuple(skipped))
+
+
+class _CannotFoldError(Exception):
+    """Why a node with constant inputs stays."""
+
+
+def _value_of(node: gs.Node, graph: gs.Graph) -> Any:
+    """Value of a node's output (an array or graphsurgeon's lazy values); None where it is not constant."""
+    if node.op == "Constant":
+        return _constant_node(node)
+    if node.op == "Shape":
+        return _static_shape(node)
+    if not node.inputs or not all(t.is_empty() or isinstance(t, gs.Constant) for t in node.inputs):
+        return None
+    return _compute(node, graph)
+
+
+def _constant_node(node: gs.Node) -> Any:
+    value = node.attrs.get("value")
+    if isinstance(value, gs.Constant):
+        return value._values  # noqa: SLF001 - lazy values keep types that numpy has not (bfloat16, int4)
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    for name, kind in kinds.items():
+        if name in node.attrs:
+            return np.array(node.attrs[name], dtype=kind)
+    return None
+
+
+def _static_shape(node: gs.Node) -> np.ndarray | None:
+    """Shape of a tensor whose every dimension is known beforehand."""
+    shape = node.inputs[0].shape
+    if shape is None or not all(isinstance(size, (int, np.integer)) and size >= 0 for size in shape):
+        return None
+    if isinstance(node.inputs[0], gs.Variable) and not shape and node.inputs[0].dtype is None:
+        return None  # graphsurgeon writes an unknown shape of an untyped tensor as ()
+    start, end = node.attrs.get("start", 0), node.attrs.get("end", len(shape))
+    return np.array(list(shape)[start:end], dtype=np.int64)
+
+
+def _compute(node: gs.Node, graph: gs.Graph) -> np.ndarray | None:
+    model = _single_node_model(node, graph)
+    size, taken = _result_bytes(model), sum(len(t.raw_data) for t in model.graph.initializer)
+    if size is None:
+        raise _CannotFoldError("the size of its result is not known beforehand")
+    if size > max(FREE_BYTES, taken):
+        raise _CannotFoldError(f"its result has {size} bytes, more than the {taken} it is computed from")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        result = session.run(None, {})[0]
+    except _ORT_FAILURES as error:
+        raise _CannotFoldError(f"ONNX Runtime cannot compute it: {str(error).splitlines()[0][:120]}") from error
+    return np.asarray(result)
+
+
+def _single_node_model(node: gs.Node, graph: gs.Graph) -> onnx.ModelProto:
+    """The node alone, its inputs as initializers."""
+    initializers = []
+    for tensor in {id(t): t for t in node.inputs if not t.is_empty()}.values():
+        values = np.asarray(tensor.values)
+        if values.dtype.kind not in "fiub":
+            raise _CannotFoldError(f"its input {tensor.name} is of a type that is not computed with here")
+        initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), tensor.name))
+    holder = gs.Graph([node], opset=graph.opset, import_domains=graph.import_domains)
+    proto = next(n for n in gs.export_onnx(holder, do_type_check=False).graph.node if n.name == node.name)
+    name = next(t.name for t in node.outputs if not t.is_empty())
+    body = onnx.helper.make_graph([proto], "fold", [], [onnx.ValueInfoProto(name=name)], initializers)
+    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def _result_bytes(model: onnx.ModelProto) -> int | None:
+    """Bytes of the result by shape inference; None where it does not tell."""
+    kind = model.graph.output[0].type.tensor_type
+    if not kind.elem_type or not kind.HasField("shape") or not all(d.HasField("dim_value") for d in kind.shape.dim):
+        return None
+    size = int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).itemsize)
+    for dimension in kind.shape.dim:
+        size *= dimension.dim_value
+    return size

@@ -1,0 +1,22 @@
+"""Remove nodes whose results nobody reads."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from relu_deploy.report import PassReport
+
+
+def remove_dead_nodes(graph: gs.Graph) -> PassReport:
+    """Drop nodes that lead to no output of the network; its inputs and outputs stay.
+
+    Args:
+        graph: Edited in place.
+
+    Returns:
+        Changed: the nodes that were dropped.
+    """
+    before = [(id(node), node.name) for node in graph.nodes]
+    graph.cleanup(remove_unused_graph_inputs=False)
+    left = {id(node) for node in graph.nodes}
+    return PassReport("remove_dead_nodes", tuple(name for key, name in before if key not in left))

@@ -1,0 +1,119 @@
+"""Apply the pipeline to a model, check the result, and say what was done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import onnx
+import onnx.inliner
+
+from relu_deploy.graph import check_model, export_graph, import_graph
+from relu_deploy.passes import PIPELINE
+from relu_deploy.passes.certificate import is_exact
+from relu_deploy.passes.shapes import annotate
+from relu_deploy.passes.verify import Feed, Verification, compare
+from relu_deploy.report import PassReport, Skip
+
+# A pass may open the way for one before it (a collapsed region leaves a Relu behind an Identity); each round removes nodes or
+# makes them Relu, so rounds end, and real networks need two.
+MAX_ROUNDS = 8
+# Passes that move values and compute none, or compute them by ONNX Runtime itself: not one bit may change.
+_EXACT = ("inline_functions", "fold_constants", "remove_identities", "remove_dead_nodes")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteReport:
+    """What became of a network.
+
+    Attributes:
+        passes: One report a pass, in order; changed nodes of all rounds, skips of the last.
+        nodes_before: Nodes of the main graph.
+        nodes_after: The same of the result.
+        exact: Whether every change keeps each float bit for bit.
+        verification: The comparison with the original; None when it was not asked for or nothing changed.
+    """
+
+    passes: tuple[PassReport, ...]
+    nodes_before: int
+    nodes_after: int
+    exact: bool
+    verification: Verification | None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the result differs from the original."""
+        return any(report.changed for report in self.passes)
+
+
+def rewrite(
+    model: onnx.ModelProto, *, verify: bool = True, samples: Sequence[Feed] | None = None, seed: int = 0
+) -> tuple[onnx.ModelProto, RewriteReport]:
+    """Apply every pass until none changes anything, then check the result.
+
+    Args:
+        model: The network, with its external data loaded. Not changed.
+        verify: Compare outputs with the original's in ONNX Runtime.
+        samples: Inputs for that comparison; random ones by default.
+        seed: Of the random inputs.
+
+    Returns:
+        The rewritten network and the report. Where no pass changes anything the network is ``model`` itself: files that
+        carry its fingerprint stay valid.
+
+    Raises:
+        ModelError: the result fails onnx's checker.
+        CheckFailedError: the result does not compute what the original computes.
+    """
+    source = onnx.ModelProto()
+    source.CopyFrom(model)
+    inlined = tuple(f"{function.domain}.{function.name}" for function in source.functions)
+    if inlined:
+        source = onnx.inliner.inline_local_functions(source)
+    result, reports = _apply(source)
+    reports = [PassReport("inline_functions", inlined), *reports] if inlined else reports
+    exact = all(_is_exact(report) for report in reports)
+    before = len(model.graph.node)
+    if not any(report.changed for report in reports):
+        return model, RewriteReport(tuple(reports), before, before, exact, None)
+    check_model(result, "the rewritten network")
+    checked = compare(model, result, exact=exact, samples=samples, seed=seed) if verify else None
+    return result, RewriteReport(tuple(reports), before, len(result.graph.node), exact, checked)
+
+
+def _apply(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[PassReport]]:
+    """Rounds of the pipeline; shapes are inferred anew each round, since folded constants make more of them known."""
+    merged = {function.__name__: PassReport(function.__name__) for function in PIPELINE}
+    for _ in range(MAX_ROUNDS):
+        graph = import_graph(model)
+        annotate(graph, model)
+        reports = [function(graph) for function in PIPELINE]
+        for report in reports:
+            merged[report.name] = _merge(merged[report.name], report)
+        if not any(report.changed for report in reports):
+            break
+        model = export_graph(graph, model)
+    return model, [*merged.values(), *_subgraph_report(model)]
+
+
+def _merge(sum_of: PassReport, new: PassReport) -> PassReport:
+    changed = (*sum_of.changed, *(name for name in new.changed if name not in set(sum_of.changed)))
+    return PassReport(new.name, changed, new.skipped, {**sum_of.notes, **new.notes})
+
+
+def _subgraph_report(model: onnx.ModelProto) -> list[PassReport]:
+    """Nodes with graphs inside them, which the passes do not enter."""
+    kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    skips = tuple(
+        Skip(node.name, f"the graphs inside {node.op_type} are not rewritten")
+        for node in model.graph.node
+        if any(attribute.type in kinds for attribute in node.attribute)
+    )
+    return [PassReport("subgraphs", (), skips)] if skips else []
+
+
+def _is_exact(report: PassReport) -> bool:
+    return not report.changed or report.name in _EXACT or (
+        bool(report.notes) and all(is_exact(note) for note in report.notes.values())
+    )
+

@@ -1,0 +1,215 @@
+"""Run the original and the rewritten network on the same inputs and compare every output."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from relu_deploy.errors import CheckFailedError
+from relu_deploy.graph import PROTOBUF_LIMIT
+
+Feed = Mapping[str, np.ndarray]
+
+ORT_FAILURES = (
+    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.NotImplemented,
+    ort_errors.RuntimeException, ort_errors.InvalidProtobuf,
+)  # fmt: skip
+
+# Relative to the largest magnitude of an output, where a pass reorders roundings (BatchNormalization folded, a lerp removed): each
+# layer adds a few units of roundoff, 2**-24 in float32, and a hundred layers stay under this; a wrong fold is off by 1e-2 or more.
+ROUNDING_TOLERANCE = {"float16": 2e-2, "float32": 1e-4, "float64": 1e-10}
+# Discrete outputs (class numbers, kept boxes) may flip where two floats tie.
+DISCRETE_TOLERANCE = 0.01
+# Sizes tried for dimensions that the model leaves open; text recognisers want 48 rows, most detectors multiples of 32.
+_BATCHES, _SIZES = (2, 1), (32, 48, 64, 224, 16, 8, 128, 1)
+_SCALES = (0.1, 1.0, 10.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputCheck:
+    """One output over all samples.
+
+    Attributes:
+        name: Output.
+        error: Largest difference, relative to the output's largest magnitude; for discrete ones the share that differs.
+        allowed: Tolerance, same unit.
+    """
+
+    name: str
+    error: float
+    allowed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What a comparison showed.
+
+    Attributes:
+        samples: Inputs on which both networks ran and the original was finite.
+        outputs: One entry an output; empty when nothing could be compared.
+        note: Why nothing was compared, or what was left out; empty otherwise.
+    """
+
+    samples: int
+    outputs: tuple[OutputCheck, ...] = ()
+    note: str = ""
+
+
+def compare(
+    original: onnx.ModelProto, rewritten: onnx.ModelProto, *, exact: bool, samples: Sequence[Feed] | None = None, seed: int = 0
+) -> Verification:
+    """Compare two networks with ONNX Runtime on the CPU, its own graph optimisations switched off.
+
+    Args:
+        original: The network as it was.
+        rewritten: The same inputs and outputs.
+        exact: Demand equality bit for bit (0 and -0 are equal); else ``ROUNDING_TOLERANCE`` of each output's type.
+        samples: Inputs; None makes random ones at three scales, ones and zeros for integers.
+        seed: Of the random inputs.
+
+    Returns:
+        The errors found. ``samples`` is 0 and ``note`` says why where the original itself cannot be run here.
+
+    Raises:
+        CheckFailedError: the rewritten network does not load or run, or an output differs by more than allowed.
+    """
+    if max(original.ByteSize(), rewritten.ByteSize()) > PROTOBUF_LIMIT:
+        return Verification(0, note="a model past 2 GiB cannot be handed to ONNX Runtime in memory")
+    try:
+        before = _session(original)
+    except ORT_FAILURES as error:
+        return Verification(0, note=f"ONNX Runtime cannot load the original: {_first_line(error)}")
+    feeds = list(samples) if samples is not None else _random_feeds(original, before, seed)
+    pairs, note = _run_both(before, rewritten, feeds)
+    if not pairs:
+        return Verification(0, note=note)
+    checks = [
+        _check(output.name, [(old[i], new[i]) for old, new in pairs], exact=exact)
+        for i, output in enumerate(before.get_outputs())
+    ]
+    return Verification(len(pairs), tuple(checks), note)
+
+
+def _run_both(
+    before: ort.InferenceSession, rewritten: onnx.ModelProto, feeds: list[Feed]
+) -> tuple[list[tuple[list[np.ndarray], list[np.ndarray]]], str]:
+    """Outputs of both networks for every feed on which the original is finite; and what was left out."""
+    try:
+        after = _session(rewritten)
+    except ORT_FAILURES as error:
+        raise CheckFailedError(f"ONNX Runtime does not load the rewritten network: {_first_line(error)}") from error
+    pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
+    note = "" if feeds else "no random input was found that the original accepts"
+    for feed in feeds:
+        try:
+            old = before.run(None, dict(feed))
+        except ORT_FAILURES as error:
+            note = f"the original does not run: {_first_line(error)}"
+            continue
+        if not all(np.isfinite(value).all() for value in old if _is_float(value)):
+            note = "samples on which the original itself gives NaN or Inf were left out"
+            continue
+        try:
+            pairs.append((old, after.run(None, dict(feed))))
+        except ORT_FAILURES as error:
+            raise CheckFailedError(f"the rewritten network fails where the original runs: {_first_line(error)}") from error
+    return pairs, note
+
+
+def _check(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], *, exact: bool) -> OutputCheck:
+    first = pairs[0][0]
+    discrete = not _is_float(first)
+    loose = DISCRETE_TOLERANCE if discrete else ROUNDING_TOLERANCE.get(str(getattr(first, "dtype", "")), 1e-4)
+    allowed = 0.0 if exact else loose
+    error = max(_difference(name, old, new) for old, new in pairs)
+    if not error <= allowed:
+        raise CheckFailedError(
+            f"the rewritten network differs in output {name!r}: error {error:.3g}, allowed {allowed:.3g}"
+            f" ({'share of entries' if discrete else 'relative to its largest magnitude'})",
+            hint="nothing was written; this is a fault of a graph pass, please report it with the model",
+        )
+    return OutputCheck(name, error, allowed)
+
+
+def _difference(name: str, old: np.ndarray, new: np.ndarray) -> float:
+    """Largest difference relative to the largest magnitude; share of unequal entries where values are discrete."""
+    if not isinstance(old, np.ndarray):
+        return 0.0 if str(old) == str(new) else 1.0  # sequences and maps: compared as they print
+    if old.shape != new.shape:
+        raise CheckFailedError(f"the rewritten network gives output {name!r} the shape {new.shape} instead of {old.shape}")
+    if not old.size:
+        return 0.0
+    if not _is_float(old):
+        return float(np.mean(old != new))
+    if not np.isfinite(new).all():
+        return math.inf
+    gap = float(np.abs(old.astype(np.float64) - new.astype(np.float64)).max())
+    return gap and gap / max(float(np.abs(old.astype(np.float64)).max()), float(np.finfo(np.float64).tiny))
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
+
+def _session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """Without graph optimisation: nodes that were not touched then run the same kernels in both networks."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _random_feeds(model: onnx.ModelProto, session: ort.InferenceSession, seed: int) -> list[Feed]:
+    """Random inputs of the first open sizes that the original runs with; empty when there are none."""
+    for sizes in itertools.product(_BATCHES, _SIZES):
+        feeds = list(_feeds_of_size(model, sizes, np.random.default_rng(seed)))
+        try:
+            session.run(None, dict(feeds[1]))
+        except (*ORT_FAILURES, KeyError):
+            if not _has_open_dimension(model):
+                return []
+            continue
+        return feeds
+    return []
+
+
+def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    given = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in given]
+
+
+def _has_open_dimension(model: onnx.ModelProto) -> bool:
+    return any(not d.HasField("dim_value") for v in _inputs(model) for d in v.type.tensor_type.shape.dim)
+
+
+def _feeds_of_size(model: onnx.ModelProto, sizes: tuple[int, int], random: np.random.Generator) -> Iterator[Feed]:
+    for scale in _SCALES:
+        yield {v.name: _random_array(v.type.tensor_type, sizes, scale, random) for v in _inputs(model)}
+
+
+def _random_array(
+    kind: onnx.TypeProto.Tensor, sizes: tuple[int, int], scale: float, random: np.random.Generator
+) -> np.ndarray:
+    """Floats of a normal distribution; integers 0 and 1, which are token numbers, masks and indices of every network."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    shape = [
+        d.dim_value if d.HasField("dim_value") else sizes[0] if axis == 0 else sizes[1]
+        for axis, d in enumerate(kind.shape.dim)
+    ]
+    if dtype.kind == "b" or dtype.kind in "iu":
+        high = 256 if dtype == np.uint8 else 2
+        return random.integers(0, high, shape).astype(dtype)
+    if dtype.kind != "f":
+        return np.zeros(shape, dtype=dtype)
+    return np.asarray(random.normal(0.0, scale, shape)).astype(dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
