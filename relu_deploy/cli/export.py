@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from calib.files import check_writable
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.export.report import ExportReport
 
@@ -60,12 +61,15 @@ def command(
           --input image=1x1x32x32 --dynamic image:0=1..64 -o student.onnx
     """
     from relu_deploy.export.run import export_model
-    from relu_deploy.export.source import load_factory
+    from relu_deploy.export.source import load_factory, own_inputs
     from relu_deploy.export.specs import parse_dynamic, parse_input
 
     specs = [parse_input(text) for text in inputs]
     axes = [parse_dynamic(text) for text in dynamic]
+    check_writable(output)
     module = load_factory(model, weights=weights)
+    if not specs:
+        specs = list(own_inputs(module))
     with progress_bar() as progress:
         report = export_model(
             module, specs, output, dynamic=axes, opset=opset, exporter=exporter, source=model,

@@ -19,6 +19,8 @@ from relu_deploy.errors import ExportError
 if TYPE_CHECKING:
     from torch import nn
 
+    from relu_deploy.export.specs import InputSpec
+
 _FORMS = "module:factory, path/to/file.py:factory, or model.pt2"
 
 
@@ -51,6 +53,13 @@ def load_factory(spec: str, *, weights: Path | None = None) -> nn.Module:
 
         load_weights(model, weights)
     return model
+
+
+def own_inputs(model: nn.Module) -> tuple[InputSpec, ...]:
+    """The inputs that a ``.pt2`` of fixed sizes tells itself; empty for every other model."""
+    from relu_deploy.export.pt2 import Program
+
+    return (model.specs or ()) if isinstance(model, Program) else ()
 
 
 def require_torch() -> None:
