@@ -24,7 +24,7 @@ _FEW = 10
 )
 @json_option
 def command(engine: Path, layers: bool, json_path: str | None) -> None:
-    """Print what ENGINE is and holds. Nothing is loaded or executed, and no GPU is needed.
+    r"""Print what ENGINE is and holds. Nothing is loaded or executed, and no GPU is needed.
 
     ENGINE is a file that build-engine wrote, for any target; its manifest ENGINE.json is read and checked where it is
     there. A TensorRT plan or an ONNX file from elsewhere is read too, as far as its bytes tell.

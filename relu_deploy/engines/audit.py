@@ -13,8 +13,7 @@ from typing import Literal
 
 import onnx
 
-from relu_deploy.engines.promise import ACTIVATIONS, promised_int8, why_float
-from relu_deploy.graph import all_nodes
+from relu_deploy.engines.promise import ACTIVATIONS, Promises
 
 UNKNOWN = "unknown"
 # What a ReLU student may still hold: a ReLU, or the clipping that a ReLU6 (or a quantiser) is.
@@ -117,15 +116,16 @@ def disagreements(model: onnx.ModelProto, audit: Audit, *, student: bool = False
     Returns:
         One sentence for each disagreement; empty when all is as promised.
     """
+    promises = Promises(model)
     found, by_name = list(audit.conflicts), {layer.name: layer for layer in audit.linear}
-    for name, op in promised_int8(model).items():
+    for name, op in promises.int8.items():
         layer = by_name.get(name)
         if layer is None:
             found.append(f"{op} {name!r} has quantised operands, but the engine holds no kernel that names it")
         elif layer.precision != "int8":
-            reason = layer.reason or why_float(model, name) or "the reason is not known"
+            reason = layer.reason or promises.why_float(name) or "the reason is not known"
             found.append(f"{op} {name!r} has quantised operands, but runs in {layer.precision}: {reason}")
-    own = {ACTIVATIONS[node.op_type] for node in all_nodes(model.graph) if node.op_type in ACTIVATIONS}
+    own = {ACTIVATIONS[node.op_type] for node in promises.nodes.values() if node.op_type in ACTIVATIONS}
     # Compilers respell: x * sigmoid(x) becomes a SiLU, and a GELU is computed from erf or tanh.
     own |= {"silu", "hardsigmoid"} if own & {"sigmoid", "silu", "hardswish", "hardsigmoid"} else set()
     own |= {"gelu", "erf", "tanh"} if own & {"gelu", "erf", "tanh", "mish"} else set()

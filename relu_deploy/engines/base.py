@@ -15,6 +15,7 @@ import onnx
 
 from relu_deploy.engines.audit import Audit
 from relu_deploy.errors import DataError, EngineError
+from relu_deploy.graph import PROTOBUF_LIMIT
 
 Target = Literal["ort", "tensorrt-rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("ort", "tensorrt-rtx", "tensorrt")
@@ -27,7 +28,8 @@ class TensorSpec:
 
     Attributes:
         name: As in the ONNX file.
-        shape: A number for each fixed axis, a name (or ``?``) for each that is known only at run time.
+        shape: A number for each fixed axis, a name (or ``?``) for each that is known only at run time; ``...`` alone
+            where not even the number of axes is known.
         dtype: numpy's name: ``float32``, ``float16``, ``int64``, ...
     """
 
@@ -218,6 +220,8 @@ def parse_shape_range(text: str) -> tuple[str, ShapeRange]:
 def model_io(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs (without initializers that old files list among them) and outputs of a model."""
     stored = {tensor.name for tensor in model.graph.initializer}
+    if not all(value.type.tensor_type.HasField("shape") for value in model.graph.output):
+        model = _inferred(model)
     inputs = tuple(_spec(value) for value in model.graph.input if value.name not in stored)
     return inputs, tuple(_spec(value) for value in model.graph.output)
 
@@ -248,6 +252,16 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, npt.NDArray[A
             )
 
 
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with shapes where onnx can tell them, as far as it is small enough to be serialised for that."""
+    if model.ByteSize() > PROTOBUF_LIMIT:
+        return model
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except onnx.shape_inference.InferenceError:
+        return model
+
+
 def _describe(spec: TensorSpec) -> str:
     """``name float32[N, 3, 8, 8]``."""
     return f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]"
@@ -256,7 +270,9 @@ def _describe(spec: TensorSpec) -> str:
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     """The specification of a graph input or output."""
     tensor = value.type.tensor_type
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
+    shape: tuple[int | str, ...] = ("...",)
+    if tensor.HasField("shape"):
+        shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
     except KeyError as error:

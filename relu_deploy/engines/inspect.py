@@ -76,10 +76,8 @@ def _described(engine: Path, report: BuildReport) -> Inspection:
 def _bare_plan(engine: Path, target: str) -> Inspection:
     """What a plan tells alone: kernels and types, but not which operators of the network they stand for."""
     programs = read_plan(engine.read_bytes())
-    notes = (
-        f"{manifest_path(engine).name} is not there: inputs, outputs and versions are not known, and an activation shows "
-        "only where the compiler's own names tell it",
-    )
+    missing = f"{manifest_path(engine).name} is not there: inputs, outputs and versions are not known,"
+    note = f"{missing} and an activation shows only where the compiler's own names tell it"
     return Inspection(
         engine=str(engine),
         target=target,
@@ -91,7 +89,7 @@ def _bare_plan(engine: Path, target: str) -> Inspection:
         shapes={},
         audit=audit_engine(programs, Log({}, ()), None),
         disagreements=(),
-        notes=notes,
+        notes=(note,),
     )
 
 

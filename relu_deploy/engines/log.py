@@ -80,6 +80,6 @@ def _tensors(text: str) -> tuple[Operand, ...]:
     """The tensors of one list."""
     found = []
     for name, dims, kind in _TENSOR.findall(text):
-        extents = tuple(int(extent) if int(extent) >= 0 else "?" for extent in dims.split(",") if extent)
+        extents = tuple(int(e) if re.fullmatch(r"\d{1,18}", e) else "?" for e in dims.split(",") if e)
         found.append(Operand(name, TYPES.get(kind.lower(), UNKNOWN), extents, (name, str(extents))))
     return tuple(found)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import onnx
 
 from relu_deploy.engines.audit import UNKNOWN, Activation, Audit, LinearLayer
-from relu_deploy.engines.promise import ACTIVATIONS, why_float
+from relu_deploy.engines.promise import ACTIVATIONS, Promises
 from relu_deploy.graph import all_nodes, name_nodes
 
 FLOAT_LINEAR = frozenset({
@@ -22,8 +22,8 @@ INT8_LINEAR = frozenset({
 FLOAT_OUTPUT = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention"})
 # Moves data or makes shapes, computes nothing: not an island by itself.
 _FREE = frozenset({
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Slice",
-    "Gather", "Cast", "Concat", "Split", "Expand", "Size", "ConstantOfShape", "Range",
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Slice", "Gather",
+    "Cast", "Concat", "Split", "Expand", "Size", "ConstantOfShape", "Range",
 })  # fmt: skip
 _FLOATS: dict[int, str] = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.DOUBLE: "fp64",
            onnx.TensorProto.BFLOAT16: "bf16"}  # fmt: skip
@@ -37,8 +37,9 @@ def audit_graph(optimised: onnx.ModelProto, source: onnx.ModelProto) -> Audit:
         source: What it was made from: its node names are those of the report, and its Q/DQ tell why a layer is float.
     """
     name_nodes(optimised.graph)
-    nodes, types, names = list(all_nodes(optimised.graph)), _types(optimised), {n.name for n in all_nodes(source.graph)}
-    linear = tuple(_linear(node, types, names, source) for node in nodes if node.op_type in FLOAT_LINEAR | INT8_LINEAR)
+    nodes, types, promises = list(all_nodes(optimised.graph)), _types(optimised), Promises(source)
+    names = set(promises.nodes)
+    linear = tuple(_linear(node, types, promises) for node in nodes if node.op_type in FLOAT_LINEAR | INT8_LINEAR)
     return Audit(
         source="optimised graph",
         kernels=sum(node.op_type != "Constant" for node in nodes),
@@ -48,9 +49,9 @@ def audit_graph(optimised: onnx.ModelProto, source: onnx.ModelProto) -> Audit:
     )
 
 
-def _linear(node: onnx.NodeProto, types: dict[str, str], names: set[str], source: onnx.ModelProto) -> LinearLayer:
+def _linear(node: onnx.NodeProto, types: dict[str, str], promises: Promises) -> LinearLayer:
     """One linear layer of the optimised graph."""
-    name, integer = _original(node.name, names), node.op_type in INT8_LINEAR
+    name, integer = _original(node.name, promises.nodes), node.op_type in INT8_LINEAR
     # Every operator here keeps the float type of its operands, so one typed tensor tells that of all.
     written = next((types[tensor] for tensor in (*node.output, *node.input) if tensor in types), UNKNOWN)
     precision = "int8" if integer else written
@@ -64,28 +65,27 @@ def _linear(node: onnx.NodeProto, types: dict[str, str], names: set[str], source
         kernel=f"{node.op_type} {node.name}",
         relu=activation == "Relu",
         bias=_has_bias(node),
-        reason=None if integer else why_float(source, name) or _why_not_fused(source, name),
+        reason=None if integer else promises.why_float(name) or _why_not_fused(promises, name),
     )
 
 
-def _why_not_fused(source: onnx.ModelProto, name: str) -> str | None:
+def _why_not_fused(promises: Promises, name: str) -> str | None:
     """Why a layer with quantised operands stayed float: what lies between it and the next quantiser does not fuse."""
-    node = next((node for node in all_nodes(source.graph) if node.name == name), None)
+    node = promises.nodes.get(name)
     if node is None:
         return None
-    last = set(node.output)
-    readers = [reader for reader in all_nodes(source.graph) if last & set(reader.input)]
+    readers = promises.readers(node)
     if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
-        last = set(readers[0].output)
-        readers = [reader for reader in all_nodes(source.graph) if last & set(reader.input)]
+        node = readers[0]
+        readers = promises.readers(node)
     kinds = sorted({reader.op_type for reader in readers})
-    if any(output.name in last for output in source.graph.output):
+    if not promises.outputs.isdisjoint(node.output):
         return "its output leaves the network without being quantised"
-    if len(kinds) == 1 and kinds[0] in {*ACTIVATIONS, "Add", "Mul", "Sigmoid"} - {"Relu", "Clip"}:
+    if kinds == ["QuantizeLinear"]:
+        return "onnxruntime fuses no int8 kernel here; it wants uint8 activations and a bias in int32"
+    if len(kinds) == 1:
         return f"its output goes to {kinds[0]} in float, before any quantiser"
-    if len(readers) > 1:
-        return f"its output is read by several nodes ({', '.join(kinds)}), not by one quantiser alone"
-    return None
+    return f"its output is read by several nodes ({', '.join(kinds)}), not by one quantiser alone" if kinds else None
 
 
 def _activations(node: onnx.NodeProto, names: set[str]) -> Iterable[Activation]:
@@ -141,7 +141,7 @@ def _reached(nodes: list[onnx.NodeProto], *, forward: bool) -> set[str]:
     return names
 
 
-def _original(name: str, names: set[str]) -> str:
+def _original(name: str, names: Container[str]) -> str:
     """The name a node had before onnxruntime fused something into it, where that can be told."""
     if name in names:
         return name

@@ -107,7 +107,7 @@ def _tensors(lines: list[str]) -> dict[str, Operand]:
         if not (name and kind and dims) or "is_scratchspace=1" in line or "_literal " in line:
             continue
         extents = tuple(
-            int(word) if re.fullmatch(r"-?\d+", word) else word.strip('"')
+            int(word) if re.fullmatch(r"-?\d{1,18}", word) else word.strip('"')
             for word in re.findall(r'"[^"]*"|[^\s"]+', dims[1])
         )
         base = re.search(r'^\s*sub_tensor=\{.*?base="([^"]*)"', line)

@@ -19,51 +19,50 @@ ACTIVATIONS = {
 LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
-def linear_nodes(model: onnx.ModelProto) -> dict[str, str]:
-    """Name -> operator of every linear layer, also inside If, Loop and Scan."""
-    return {node.name: node.op_type for node in all_nodes(model.graph) if node.op_type in LINEAR}
+class Promises:
+    """A network indexed by what its Q/DQ promise. Reads the model once: a network may have thousands of nodes.
 
+    Attributes:
+        nodes: Name -> node, also of nodes inside If, Loop and Scan.
+        linear: Name -> operator of every linear layer.
+        int8: The linear layers whose operands both come from a DequantizeLinear.
+    """
 
-def promised_int8(model: onnx.ModelProto) -> dict[str, str]:
-    """Name -> operator of every linear layer whose operands both come from a DequantizeLinear."""
-    made_by = _producers(model)
-    return {
-        node.name: node.op_type
-        for node in all_nodes(model.graph)
-        if node.op_type in LINEAR and all(_dequantized(made_by, node, operand) for operand in (0, 1))
-    }
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.nodes = {node.name: node for node in all_nodes(model.graph)}
+        self._made_by = {output: node for node in self.nodes.values() for output in node.output if output}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes.values():
+            for tensor in dict.fromkeys(node.input):
+                self._readers.setdefault(tensor, []).append(node)
+        self._sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+        self.outputs = frozenset(output.name for output in model.graph.output)
+        self.linear = {name: node.op_type for name, node in self.nodes.items() if node.op_type in LINEAR}
+        self.int8 = {
+            name: op
+            for name, op in self.linear.items()
+            if all(self._dequantize(self.nodes[name], operand) is not None for operand in (0, 1))
+        }
 
-
-def why_float(model: onnx.ModelProto, name: str) -> str | None:
-    """Why a linear layer cannot run in int8, as far as the network itself shows; None when it shows no reason."""
-    made_by = _producers(model)
-    node = next((node for node in all_nodes(model.graph) if node.name == name and node.op_type in LINEAR), None)
-    if node is None:
+    def why_float(self, name: str) -> str | None:
+        """Why a linear layer cannot run in int8, as far as the network itself shows; None when it shows no reason."""
+        node = self.nodes.get(name)
+        if node is None or name not in self.linear:
+            return None
+        data, weight = self._dequantize(node, 0), self._dequantize(node, 1)
+        if data is None:
+            return "its input is not quantised" if weight else "neither its input nor its weight is quantised"
+        if weight is None:
+            return "its weight is not quantised"
+        if self._sizes.get(data.input[1], 1) > 1:
+            return "its input has a scale for each channel, for which no int8 kernel exists"
         return None
-    quantized = [_dequantized(made_by, node, operand) for operand in (0, 1)]
-    if not any(quantized):
-        return "neither its input nor its weight is quantised"
-    if not all(quantized):
-        return "its input is not quantised" if quantized[1] else "its weight is not quantised"
-    if _scale_size(model, made_by[node.input[0]]) > 1:
-        return "its input has a scale for each channel, for which no int8 kernel exists"
-    if node.op_type == "ConvTranspose":
-        return "the compiler has no int8 kernel for this ConvTranspose"
-    return None
 
+    def readers(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """The nodes that read what a node writes."""
+        return [reader for output in node.output for reader in self._readers.get(output, [])]
 
-def _producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Tensor name -> node that makes it."""
-    return {output: node for node in all_nodes(model.graph) for output in node.output if output}
-
-
-def _dequantized(made_by: dict[str, onnx.NodeProto], node: onnx.NodeProto, operand: int) -> bool:
-    """Whether an operand comes straight from a DequantizeLinear."""
-    source = made_by.get(node.input[operand]) if len(node.input) > operand else None
-    return source is not None and source.op_type == "DequantizeLinear"
-
-
-def _scale_size(model: onnx.ModelProto, dequantize: onnx.NodeProto) -> int:
-    """Number of scales of a DequantizeLinear; 1 when they are not an initializer."""
-    scale = next((tensor for tensor in model.graph.initializer if tensor.name == dequantize.input[1]), None)
-    return 1 if scale is None else math.prod(scale.dims)
+    def _dequantize(self, node: onnx.NodeProto, operand: int) -> onnx.NodeProto | None:
+        """The DequantizeLinear that an operand comes straight from."""
+        source = self._made_by.get(node.input[operand]) if len(node.input) > operand else None
+        return source if source is not None and source.op_type == "DequantizeLinear" else None

@@ -12,8 +12,7 @@ from relu_deploy.engines.audit import UNKNOWN, Activation, Audit, LinearLayer
 from relu_deploy.engines.kernels import SIZES, Kernel, LinearOp, Operand
 from relu_deploy.engines.log import Log
 from relu_deploy.engines.plan import Program
-from relu_deploy.engines.promise import ACTIVATIONS, LINEAR, linear_nodes, why_float
-from relu_deploy.graph import all_nodes
+from relu_deploy.engines.promise import ACTIVATIONS, LINEAR, Promises
 
 # Words for activations in fused flags, inside fusions, and as syllables in the names of generated kernels.
 # Relu, Max and Min are not among them: quantising clips with them too.
@@ -41,7 +40,8 @@ def audit_engine(
     kernels = [kernel for program in chosen for kernel in program.kernels] or list(log.kernels)
     if not kernels:
         return Audit("none", notes=("neither the plan nor the build log tells which kernels the engine holds",))
-    ops = {node.name: node.op_type for node in all_nodes(model.graph)} if model else dict(log.nodes)
+    promises = Promises(model) if model else None
+    ops = {name: node.op_type for name, node in promises.nodes.items()} if promises else dict(log.nodes)
     bytes_moved, notes = _bytes(kernels, _symbols(chosen, optimum or {}))
     unread = sum(program.unread for program in chosen)
     notes += [f"{unread} lines of the plan could not be read"] * bool(unread)
@@ -49,7 +49,7 @@ def audit_engine(
     return Audit(
         source="plan" if chosen else "build log",
         kernels=len(kernels),
-        linear=_linear(kernels, ops, model),
+        linear=_linear(kernels, ops, promises),
         activations=tuple(_activations(kernels, ops)),
         bytes_moved=bytes_moved,
         conflicts=_conflicts(kernels, log.kernels) if chosen else (),
@@ -57,18 +57,15 @@ def audit_engine(
     )
 
 
-def _linear(
-    kernels: Iterable[Kernel], ops: Mapping[str, str], model: onnx.ModelProto | None
-) -> tuple[LinearLayer, ...]:
+def _linear(kernels: Iterable[Kernel], ops: Mapping[str, str], promises: Promises | None) -> tuple[LinearLayer, ...]:
     """Every linear layer of the network with the kernel that does its work, or ``unknown`` where none names it."""
     found: dict[str, LinearLayer] = {}
     for kernel in kernels:
         for op in kernel.linear:
             names = [op.name] if op.name in ops else [name for name in op.layers if ops.get(name) in LINEAR]
             for name in names or [op.name]:
-                found[name] = _layer(name, op, kernel, model)
-    wanted = linear_nodes(model) if model else {name: op for name, op in ops.items() if op in LINEAR}
-    for name in wanted:
+                found[name] = _layer(name, op, kernel, promises)
+    for name in (name for name, op in ops.items() if op in LINEAR):
         if name not in found:
             holders = [kernel.name for kernel in kernels if name in kernel.layers]
             reason = f"only {holders[0]} names it" if holders else "no kernel names it; it may have been folded away"
@@ -76,7 +73,7 @@ def _linear(
     return tuple(found.values())
 
 
-def _layer(name: str, op: LinearOp, kernel: Kernel, model: onnx.ModelProto | None) -> LinearLayer:
+def _layer(name: str, op: LinearOp, kernel: Kernel, promises: Promises | None) -> LinearLayer:
     """What is known of one linear layer."""
     fused = op.fused
     bias = None if fused is None else "bias" in fused
@@ -89,8 +86,17 @@ def _layer(name: str, op: LinearOp, kernel: Kernel, model: onnx.ModelProto | Non
         kernel=kernel.name,
         relu=None if fused is None else "relu" in fused,
         bias=bias,
-        reason=why_float(model, name) if model and op.precision != "int8" else None,
+        reason=_reason(name, op, promises),
     )
+
+
+def _reason(name: str, op: LinearOp, promises: Promises | None) -> str | None:
+    """Why a layer is not int8, where the network or its operator tells."""
+    if promises is None or op.precision == "int8":
+        return None
+    if promises.int8.get(name) == "ConvTranspose" and promises.why_float(name) is None:
+        return "the compiler chose no int8 kernel for this ConvTranspose"
+    return promises.why_float(name)
 
 
 def _activations(kernels: Sequence[Kernel], ops: Mapping[str, str]) -> Iterable[Activation]:
@@ -110,6 +116,8 @@ def _activations(kernels: Sequence[Kernel], ops: Mapping[str, str]) -> Iterable[
     for index, kernel in enumerate(kernels):
         if index not in explained or not any(_smooth(ops.get(name)) for name in kernel.layers):
             yield from (Activation(kernel.name, word, kernel.name) for word in sorted(_evidence(kernel)))
+        if not ops and ("relu" in kernel.ops or any("relu" in (op.fused or ()) for op in kernel.linear)):
+            yield Activation(kernel.name, "relu", kernel.name)
 
 
 def _smooth(op: str | None) -> bool:
