@@ -87,9 +87,10 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str]) -> Table:
     """A table that is never narrowed: a cut number is worse than a long line."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, heading in enumerate(headings):
-        width = max(len(heading), *(len(row[index]) for row in rows))
+    widths = [max(len(heading), *(len(row[i]) for row in rows)) for i, heading in enumerate(headings)]
+    # A width of its own keeps rich from dropping columns to fit the terminal; 2 is what it puts between columns.
+    table = Table(box=None, pad_edge=False, header_style="bold", width=sum(widths) + 2 * (len(widths) - 1))
+    for heading, width in zip(headings, widths, strict=True):
         table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True, min_width=width)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from calib.files import check_writable
 from calib.images import PREPROCESS_HELP
 from relu_deploy.bench.compare import bench
 from relu_deploy.bench.table import render
@@ -106,6 +107,8 @@ def command(
       relu-deploy bench student-int8.onnx original-int8.onnx --against original.onnx \\
           --data test.npy --labels test-labels.npy --threads 2 --json bench.json
     """  # noqa: D301  click's \b keeps the example's lines; the doubled backslash is the shell's
+    if json_path not in (None, "-"):
+        check_writable(Path(json_path))
     with progress_bar() as progress:
         report = bench(
             engines,

@@ -8,7 +8,7 @@ import onnx.parser
 import pytest
 
 
-def chain(nodes: int, *, shape: str = "N, 3, 16, 16", op: str = "Erf") -> onnx.ModelProto:
+def _chain(nodes: int, *, shape: str = "N, 3, 16, 16", op: str = "Erf") -> onnx.ModelProto:
     """A network that does ``nodes`` times the same work."""
     steps = "\n".join(f"t{i + 1} = {op}(t{i})" for i in range(nodes))
     return onnx.parser.parse_model(
@@ -20,7 +20,7 @@ def chain(nodes: int, *, shape: str = "N, 3, 16, 16", op: str = "Erf") -> onnx.M
 CLASSIFIER = """<ir_version: 8, opset_import: ["": 17]>
 g (float[N, 4] x) => (float[N, 4] scores, float[N, 1] total) <int64[1] axis = {{1}}>
 {{ scores = {body}
-total = ReduceSum(x, axis) }}"""
+total = ReduceSum(scores, axis) }}"""
 
 
 @pytest.fixture
@@ -39,3 +39,9 @@ def save(tmp_path: Path) -> Callable[[str, onnx.ModelProto], Path]:
 def classifier(save: Callable[[str, onnx.ModelProto], Path]) -> Callable[[str, str], Path]:
     """A network whose scores are ``body`` of its four inputs."""
     return lambda name, body: save(name, onnx.parser.parse_model(CLASSIFIER.format(body=body)))
+
+
+@pytest.fixture
+def chain() -> Callable[..., onnx.ModelProto]:
+    """Make a network that does ``nodes`` times the same work."""
+    return _chain

@@ -138,7 +138,9 @@ def test_interval_of_the_ratio_covers_the_truth(rounds: int, disturbed: float) -
 
     def measured(scale: float, drift: np.ndarray) -> list[np.ndarray]:
         own = rng.normal(0, 0.02, rounds) + (rng.random(rounds) < disturbed) * rng.exponential(0.5, rounds)
-        noise = rng.normal(0, 0.05, (rounds, 15)) + (rng.random((rounds, 15)) < 0.05) * rng.exponential(0.5, (rounds, 15))
+        noise = rng.normal(0, 0.05, (rounds, 15)) + (rng.random((rounds, 15)) < 0.05) * rng.exponential(
+            0.5, (rounds, 15)
+        )
         return list(scale * np.exp(drift[:, None] + own[:, None] + noise))
 
     for _ in range(trials):
@@ -147,7 +149,7 @@ def test_interval_of_the_ratio_covers_the_truth(rounds: int, disturbed: float) -
         assert found.low is not None
         assert found.high is not None
         hits += found.low <= truth <= found.high
-    # Nominal 95 %. The percentile bootstrap of a median comes to 92 to 96 % with 6 to 20 rounds (seen in simulation with
+    # Nominal 95 %. The percentile bootstrap of a median comes to 92 to 96 % with 6 to 20 rounds (seen in simulation,
     # 400 trials a case); 0.90 leaves two standard errors of 300 trials, 1.3 points each, below the lowest of these.
     assert hits / trials >= 0.90
 

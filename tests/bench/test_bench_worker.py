@@ -16,7 +16,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from relu_deploy.bench.client import Worker, start_worker
+from relu_deploy.bench.client import Worker, _rebuild, start_worker
 from relu_deploy.bench.subject import Subject, read_subject
 from relu_deploy.bench.worker import time_runs
 from relu_deploy.errors import BackendUnavailableError, DataError, EngineError
@@ -52,6 +52,11 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def keep_running(worker: Worker) -> None:
+    for _ in range(1000):  # a round stops after 1000 runs
+        worker.round(settle=0, seconds=60, number=7)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -99,8 +104,7 @@ def test_a_worker_killed_in_a_round(worker: Worker, sent: signal.Signals, told: 
     ready(worker)
     threading.Timer(0.3, os.kill, (worker.pid, sent)).start()
     with pytest.raises(EngineError, match=r"m\.onnx.* in round 7") as caught:
-        for _ in range(100):  # a round stops after 1000 runs
-            worker.round(settle=0, seconds=60, number=7)
+        keep_running(worker)
     assert told in str(caught.value)
 
 
@@ -126,7 +130,10 @@ def test_a_worker_that_hangs(model: Path, tmp_path: Path) -> None:
 
 
 def test_no_worker_is_left_when_the_block_fails(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), start_worker(read_subject(model), timeout=60, folder=tmp_path / "w") as worker:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        start_worker(read_subject(model), timeout=60, folder=tmp_path / "w") as worker,
+    ):
         raise KeyboardInterrupt
     assert not alive(worker.pid)
 
@@ -134,9 +141,9 @@ def test_no_worker_is_left_when_the_block_fails(model: Path, tmp_path: Path) -> 
 def test_a_bad_engine_is_told_in_the_runtimes_words(tmp_path: Path) -> None:
     path = tmp_path / "bad.onnx"
     path.write_bytes(b"not a network")
-    with start_worker(Subject(path, "bad", "onnx", "fp32", 1), timeout=60, folder=tmp_path / "w") as worker:
-        with pytest.raises(EngineError, match=r"onnxruntime cannot load .*bad\.onnx.*(?i:protobuf)"):
-            worker.load(threads=1)
+    subject, told = Subject(path, "bad", "onnx", "fp32", 1), r"onnxruntime cannot load .*bad\.onnx.*(?i:protobuf)"
+    with start_worker(subject, timeout=60, folder=tmp_path / "w") as worker, pytest.raises(EngineError, match=told):
+        worker.load(threads=1)
 
 
 def test_a_failing_run_is_told_in_the_runtimes_words(save: Save, tmp_path: Path) -> None:
@@ -189,7 +196,9 @@ worker.main()
 """
 
 
-def talk(requests: list[dict[str, object]], *, run: str = "pass", extra: str = "", opening: str = "pass") -> tuple[list[dict], str]:
+def talk(
+    requests: list[dict[str, object]], *, run: str = "pass", extra: str = "", opening: str = "pass"
+) -> tuple[list[dict], str]:
     """Run a worker around a stand-in for an engine; its answers and its standard error."""
     code = textwrap.dedent(FAKE).format(run=run, extra=extra, opening=opening)
     lines = "".join(json.dumps(request) + "\n" for request in requests)
@@ -214,9 +223,7 @@ def test_times_by_an_engines_own_clock_are_taken() -> None:
     assert set(answers[1]["ok"]["samples"]) == {7.0}
 
 
-def test_errors_of_a_backend_keep_message_hint_and_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    from relu_deploy.bench.client import _rebuild
-
+def test_errors_of_a_backend_keep_message_hint_and_kind() -> None:
     answers, _ = talk([LOAD], opening="raise BackendUnavailableError('no GPU', hint='run it where one is')")
     rebuilt = _rebuild(answers[0]["error"])
     assert type(rebuilt) is BackendUnavailableError
