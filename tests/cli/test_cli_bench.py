@@ -64,9 +64,8 @@ def test_accuracy_is_printed_next_to_speed(model: Path, tmp_path: Path) -> None:
     x = np.eye(4, dtype=np.float32)
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "labels.npy", np.arange(4))
-    with_labels = run(
-        model, "--against", model, *QUICK, "--data", tmp_path / "x.npy", "--labels", tmp_path / "labels.npy"
-    )
+    data = ["--data", tmp_path / "x.npy"]
+    with_labels = run(model, "--against", model, *QUICK, *data, "--labels", tmp_path / "labels.npy")
     assert "100.00%" in with_labels.output
     other = make(tmp_path / "e.onnx", "Add(x, x)")
     without = run(other, "--against", model, *QUICK, *data)
