@@ -53,6 +53,19 @@ def check_writable(target: Path) -> None:
         raise FileError(f"cannot write {target}: no permission to write in {folder}")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where it does not exist.
+
+    Raises:
+        FileError: a file is in the way, or there is no permission.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    check_writable(folder / "anything")
+
+
 def write_text(target: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
     with atomic_path(target) as temporary:

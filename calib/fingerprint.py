@@ -150,7 +150,7 @@ def sample_hash(feeds: Mapping[str, NDArray[Any]]) -> int:
     """
     digest = _Digest("")
     for name in sorted(feeds):
-        array = np.ascontiguousarray(feeds[name])
+        array = np.asarray(feeds[name])
         digest.add(name, array.dtype.name, array.ndim, *array.shape)
         digest.add(_little(array).tobytes())
     return int(digest.hex(), 16)

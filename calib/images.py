@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 import warnings
 import zlib
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,10 @@ def _value(key: str, text: str) -> Any:
         if key == "pad":
             return int(text)
         if key in ("mean", "std"):
-            return tuple(float(Fraction(part)) for part in text.split(":"))
+            return tuple(_ratio(part) for part in text.split(":"))
         if key == "scale":
-            return float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
+            return _ratio(text)
+    except (ValueError, ZeroDivisionError) as error:
         raise DataError(
             f"--preprocess {key}={text!r} cannot be read",
             hint="examples: resize=320x320, scale=1/255, mean=0.485:0.456:0.406",
@@ -114,6 +114,15 @@ def _value(key: str, text: str) -> Any:
     raise DataError(
         f"--preprocess has no key {key!r}", hint=f"the keys are {keys}; letterbox is short for fit=letterbox"
     )
+
+
+def _ratio(text: str) -> float:
+    """A finite number, or one number over another. Raises: ValueError, ZeroDivisionError."""
+    top, _, bottom = text.partition("/")
+    value = float(top) / float(bottom or 1)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def complete(preprocess: Preprocess, spec: InputSpec) -> Preprocess:

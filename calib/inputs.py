@@ -259,7 +259,7 @@ def check_extents(spec: InputSpec, found: tuple[int, ...], origin: str, *, first
 def _cast(spec: InputSpec, array: Array, origin: str) -> Array:
     """Cast within a family of types, refusing values that the target cannot hold."""
     if array.dtype == spec.dtype:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
     if spec.dtype.kind in "iu":
         limits = np.iinfo(spec.dtype)
         if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
@@ -267,7 +267,7 @@ def _cast(spec: InputSpec, array: Array, origin: str) -> Array:
                 f"{origin}: input {spec.name!r} takes {spec.dtype.name}; the data has values out of its range"
             )
     with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(array.astype(spec.dtype))
+        cast = np.asarray(array.astype(spec.dtype), order="C")
     if spec.dtype.kind == "f" and not np.isfinite(cast).all():
         raise DataError(f"{origin}: input {spec.name!r} takes {spec.dtype.name}; the data has values too large for it")
     return cast

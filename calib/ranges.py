@@ -262,6 +262,8 @@ def _parse_row(name: str, row: dict[str, Any]) -> TensorRange:
 
 def _number(value: Any, name: str) -> float:
     """A finite float32."""
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
-        raise ValueError(f"tensor {name!r} has {value!r} where a finite number belongs")
-    return float(np.float32(value))
+    with np.errstate(over="ignore"):
+        number = float(np.float32(value)) if type(value) in (int, float) else math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"tensor {name!r} has {value!r} where a finite float32 belongs")
+    return number

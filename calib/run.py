@@ -83,8 +83,8 @@ def calibrate(
 
 def _total(source: Source, most: int | None) -> int | None:
     """How many samples there will be, if that is known."""
-    known = [number for number in (source.length, most) if number is not None]
-    return min(known) if source.length is not None else None if not known else most
+    length = source.length
+    return most if length is None else min(length, most or length)
 
 
 class _Hashed:

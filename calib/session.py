@@ -23,6 +23,8 @@ _ERRORS = (
     ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
 )  # fmt: skip
 _AT_NODE = re.compile(r"running (?P<op>\S+) node\. Name:'(?P<name>[^']*)' Status Message: (?P<why>.*)", re.DOTALL)
+# "/src/file.h:91 void f(int) a == b was false. What a person can read"
+_CXX = re.compile(r"^\S+:\d+ .*? was false\.\s*", re.DOTALL)
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
@@ -38,6 +40,8 @@ class Session:
         options.log_severity_level = 4  # failures are raised, and our message says more than the log line
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or 0
+        # Memory patterns hold every activation at once: 455 MB against 325 on a detector of 280 tensors.
+        options.enable_mem_pattern = False
         try:
             with _loadable(model, limit) as loadable:
                 self._session = ort.InferenceSession(loadable, options, providers=["CPUExecutionProvider"])
@@ -59,7 +63,7 @@ class Session:
         except _ERRORS as error:
             text = _CODE.sub("", str(error)).strip()
             if match := _AT_NODE.search(text):
-                text = f"{match['op']} node {match['name']!r}: {match['why'].strip()}"
+                text = f"{match['op']} node {match['name']!r}: {_CXX.sub('', match['why']).strip()}"
             raise CalibrationError(f"the network fails on {what}, at {text}") from error
         return values
 

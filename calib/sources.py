@@ -197,7 +197,7 @@ class FunctionSource:
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield checked samples."""
-        made = self._guard(self.function)
+        made = _guarded(self.function, self.origin)
         if isinstance(made, Mapping) or hasattr(made, "__array__"):
             yield from split_samples(self._columns(made, self.origin), self.inputs, self.origin)
             return
@@ -205,7 +205,7 @@ class FunctionSource:
             raise DataError(f"{self.origin} gives {type(made).__name__}, not arrays or dicts of arrays")
         items, number, found = iter(made), 0, 0
         end = object()
-        while (item := self._guard(lambda: next(items, end))) is not end:
+        while (item := _guarded(lambda: next(items, end), self.origin)) is not end:
             where = f"{self.origin}, item {number}"
             for sample in split_samples(self._columns(item, where), self.inputs, where):
                 found += 1
@@ -213,17 +213,6 @@ class FunctionSource:
             number += 1
         if not found:
             raise DataError(f"{self.origin} is empty: it gives no sample")
-
-    def _guard(self, call: Callable[[], Any]) -> Any:
-        """Run the user's code. Whatever it raises is theirs to mend: named with its place instead of a traceback."""
-        try:
-            return call()
-        except Exception as error:  # foreign code may raise anything
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise DataError(
-                f"{self.origin} failed with {type(error).__name__}: {error}",
-                hint=f"see {frame.filename}, line {frame.lineno}",
-            ) from error
 
     def _columns(self, item: Any, where: str) -> dict[str, Column]:
         """Name the arrays of one item."""
@@ -235,6 +224,17 @@ class FunctionSource:
                 )
             item = {_only(self.inputs, where).name: item}
         return {str(name): MemoryColumn(_numbers(value, f"{where}, array {name!r}")) for name, value in item.items()}
+
+
+def _guarded(call: Callable[[], Any], origin: str) -> Any:
+    """Run the user's code. Whatever it raises is theirs to mend: named with its place instead of a traceback."""
+    try:
+        return call()
+    except Exception as error:  # foreign code may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"{origin} failed with {type(error).__name__}: {error}", hint=f"see {frame.filename}, line {frame.lineno}"
+        ) from error
 
 
 def _numbers(value: Any, where: str) -> np.ndarray[Any, np.dtype[Any]]:
@@ -250,30 +250,32 @@ def _numbers(value: Any, where: str) -> np.ndarray[Any, np.dtype[Any]]:
 
 def _find_function(module_name: str, function: str) -> Callable[[], Any]:
     """Import a module by name, from the current folder too, or a ``.py`` file by path. Raises: DataError."""
+    path = Path(module_name)
     sys.path.insert(0, "")
     try:
-        module = (
-            _import_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+        found = path.is_file() if path.suffix == ".py" else importlib.util.find_spec(module_name.partition(".")[0])
+        if not found:
+            raise DataError(
+                f"there is no module {module_name!r} for the data {module_name}:{function}",
+                hint="it is looked for in the current folder and among installed packages",
+            )
+        module = _guarded(
+            lambda: _import_file(path) if path.suffix == ".py" else importlib.import_module(module_name),
+            f"the import of {module_name!r}, for the data {module_name}:{function},",
         )
-    except (ImportError, SyntaxError, OSError) as error:
-        raise DataError(
-            f"cannot import {module_name!r} for the data {module_name}:{function}: {error}",
-            hint="the module is looked for in the current folder and among installed packages",
-        ) from error
     finally:
         sys.path.remove("")
-    found = getattr(module, function, None)
-    if not callable(found):
+    made: Callable[[], Any] | None = getattr(module, function, None)
+    if not callable(made):
         raise DataError(f"{module_name} has no function {function!r}")
-    made: Callable[[], Any] = found
     return made
 
 
 def _import_file(path: Path) -> ModuleType:
     """Run a Python file as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ImportError(f"{path} does not exist")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -34,7 +34,7 @@ class CalibrationReport:
         tensors: Tensors measured.
         seconds_per_sample: Wall time, loading included.
         widest: Tensors with the largest magnitudes.
-        dead_channels: Channels that a Relu never let through.
+        dead_channels: Channels that a Relu or Clip never let through.
         skipped: Tensors without a range.
         model: Fingerprint of the network.
         data: Fingerprint of the data.
