@@ -1,0 +1,126 @@
+"""``relu-deploy build-engine``: an ONNX file to an engine, with the steps between as needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from calib.inputs import model_inputs
+from calib.sources import open_source
+from relu_deploy.cli import quantize, rewrite
+from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
+from relu_deploy.cli.data_options import data_options
+from relu_deploy.cli.inspect import render_engine
+from relu_deploy.cli.int8_options import int8_options, weight_width
+from relu_deploy.engines.base import TARGETS, BuildConfig, ShapeRange
+from relu_deploy.flow import EngineBuilt, Int8Plan
+from relu_deploy.flow import build_engine as run_build
+from relu_deploy.graph import load_model
+
+_EXTENTS = r"\d+(?:x\d+)*"
+_SHAPES = re.compile(rf"(?P<name>.+)=(?P<first>{_EXTENTS})(?:\.\.(?P<second>{_EXTENTS})\.\.(?P<third>{_EXTENTS}))?")
+
+
+def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, ShapeRange]:
+    """``NAME=MIN..OPT..MAX`` or ``NAME=SHAPE``, any number of times."""
+    ranges = {}
+    for value in values:
+        if (found := _SHAPES.fullmatch(value)) is None:
+            raise click.BadParameter(f"{value!r} is not of the form NAME=1x3x32x32..8x3x32x32..64x3x32x32", ctx, param)
+        first, second, third = (
+            tuple(int(extent) for extent in (found[part] or found["first"]).split("x"))
+            for part in ("first", "second", "third")
+        )
+        ranges[found["name"]] = ShapeRange(first, second, third)
+    return ranges
+
+
+@click.command("build-engine", short_help="Build an engine; rewrites, calibrates and quantises as needed.")
+@click.argument("model", type=INPUT_FILE, metavar="MODEL.onnx")
+@click.option("-o", "--output", required=True, type=OUTPUT_FILE, metavar="ENGINE", help="The engine to write.")
+@click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True, help="Runtime to build for.")
+@click.option(
+    "--int8", "to_int8", is_flag=True, help="Quantise to INT8 first; without it the network is built as it is."
+)
+@data_options(required=False)
+@click.option("--ranges", type=INPUT_FILE, help="Ranges measured by calibrate on MODEL, instead of --calib.")
+@int8_options
+@click.option(
+    "--sm",
+    multiple=True,
+    metavar="SM",
+    default=("89",),
+    show_default=True,
+    help="tensorrt-rtx: compute capability without the dot; several for one engine that runs on all of them.",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    callback=_read_shapes,
+    metavar="NAME=MIN..OPT..MAX",
+    help="TensorRT: shapes of an input with dynamic axes, as image=1x3x32x32..8x3x32x32..64x3x32x32.",
+)
+@click.option(
+    "--optimization-level", type=click.IntRange(0, 5), help="TensorRT: how long to search.  [default: its own]"
+)
+@click.option(
+    "--workspace", type=click.IntRange(min=1), metavar="MIB", help="TensorRT: most scratch memory on the card."
+)
+@click.option(
+    "--require-int8", is_flag=True, help="Write no engine (exit 1) when a layer given INT8 would run in float."
+)
+@click.option("--log", type=OUTPUT_FILE, help="TensorRT: also write the compiler's verbose log here.")
+@click.option(
+    "--keep", type=OUTPUT_FILE, metavar="DIR", help="Keep what lies between: rewritten and INT8 ONNX, ranges."
+)
+@json_option
+def command(
+    model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None, samples: int | None,
+    batch_size: int, ranges: Path | None, weight_bits: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
+    shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, require_int8: bool,
+    log: Path | None, keep: Path | None, json_path: str | None,
+) -> None:  # fmt: skip
+    """Build an engine from MODEL.onnx.
+
+    The float network is rewritten (activations that are exactly ReLU collapse, BatchNorm folds); with --int8 it is then
+    calibrated on DATA, or takes --ranges, and quantised in the number format of the target. What the compiler made of it
+    is read back and reported: layers in int8 and in float, activations left, kernels, bytes moved.
+
+    \b
+    Examples:
+      relu-deploy build-engine student.onnx --int8 --calib train.npy -o student.ort.onnx
+      relu-deploy build-engine student.onnx --int8 --ranges ranges.json --target tensorrt-rtx --sm 89 -o student.engine
+    """  # noqa: D301  \b is click's mark for text that keeps its lines
+    config = BuildConfig(
+        target=target,  # type: ignore[arg-type]  # click.Choice has checked it
+        sm=sm, shapes=shapes, optimization_level=optimization_level, workspace_mib=workspace, require_int8=require_int8,
+        log=log,
+    )  # fmt: skip
+    plan = None
+    if to_int8:
+        width, warnings = weight_width(weight_bits, target)
+        source = None if data is None else open_source(data, model_inputs(load_model(model)), preprocess=preprocess)
+        plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, warnings)
+    elif data is not None or ranges is not None:
+        raise click.UsageError("--calib and --ranges are for INT8 builds: add --int8, or leave them out")
+    with progress_bar() as progress:
+        built = run_build(model, output, config, int8=plan, keep=keep, progress=progress)
+    emit(built, json_path, lambda: render(built, output))
+
+
+def render(built: EngineBuilt, output: Path) -> RenderableType:
+    """All steps, one paragraph each."""
+    parts: list[RenderableType] = [rewrite.render(built.rewrite)]
+    if built.calibration is not None:
+        used = built.calibration
+        parts.append(Text(f"calibration: {used.method} over {used.samples} samples, {used.tensors} tensors"))
+    if built.quantize is not None:
+        parts.append(quantize.render(built.quantize))
+    parts.append(render_engine(built.engine, output))
+    parts.extend(Text(f"kept {file}") for file in built.kept)
+    return Group(*parts)

@@ -1,0 +1,175 @@
+"""From a model file to an engine: rewrite, calibrate, quantise and build, each of them as needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+
+from calib import ranges as ranges_file
+from calib.files import check_writable, make_folder, write_json
+from calib.fingerprint import model_fingerprint
+from calib.progress import Progress, silent
+from calib.ranges import Ranges
+from calib.run import calibrate
+from calib.sources import Source
+from relu_deploy.engines.base import BuildConfig, BuildReport, get_backend
+from relu_deploy.errors import QuantizationError, RangesError
+from relu_deploy.graph import load_model, save_model
+from relu_deploy.int8.run import QuantReport, quantize, refuse_quantized
+from relu_deploy.passes.run import RewriteReport, rewrite
+from relu_deploy.report import to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Plan:
+    """Where the ranges of an INT8 build come from, and how it is quantised.
+
+    Attributes:
+        source: Calibration data; None where ``ranges`` is given.
+        ranges: A ranges file measured on the model, as given or as rewritten.
+        samples: How many samples to use at most; None for all.
+        batch_size: Samples a run, where the batch axis is dynamic.
+        weight_bits: 8, or 7 for CPUs without VNNI.
+        keep_float: Linear layers to leave in float.
+        warnings: Passed on to the report.
+    """
+
+    source: Source | None = None
+    ranges: Path | None = None
+    samples: int | None = None
+    batch_size: int = 1
+    weight_bits: int = 8
+    keep_float: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.ranges is None):
+            raise QuantizationError(
+                "an INT8 build needs calibration data or a ranges file" if self.source is None else
+                "calibration data and a ranges file are both given: only one of them can decide the scales",
+                hint="give either --calib DATA or --ranges FILE",
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Which ranges were used.
+
+    Attributes:
+        samples: How many samples they rest on.
+        tensors: How many tensors they cover.
+        method: ``max``.
+        data: Fingerprint of the data.
+        file: The ranges file they came from; None where they were measured now.
+    """
+
+    samples: int
+    tensors: int
+    method: str
+    data: str
+    file: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineBuilt:
+    """What every step of a build did.
+
+    Attributes:
+        rewrite: Graph passes.
+        calibration: None for a float build.
+        quantize: None for a float build.
+        engine: The backend's report, also written beside the engine.
+        kept: Files that ``keep`` asked for.
+    """
+
+    rewrite: RewriteReport
+    calibration: Calibrated | None
+    quantize: QuantReport | None
+    engine: BuildReport
+    kept: tuple[str, ...]
+
+
+def build_engine(
+    model: Path,
+    out: Path,
+    config: BuildConfig,
+    *,
+    int8: Int8Plan | None = None,
+    keep: Path | None = None,
+    progress: Progress = silent,
+) -> EngineBuilt:
+    """Build an engine from an ONNX file.
+
+    Args:
+        model: Float ONNX file; without ``int8`` a Q/DQ file is built as it is.
+        out: Engine to write; its report goes to ``<out>.json``.
+        config: Target and how to build for it.
+        int8: Quantise first; None builds the network as it is.
+        keep: Folder for what lies between: ``rewritten.onnx``, ``ranges.json``, ``int8.onnx``, ``steps.json``.
+        progress: Told how far calibration is.
+
+    Raises:
+        ToolkitError: any step's own errors; nothing is left of an engine that failed.
+    """
+    check_writable(out)
+    backend = get_backend(config.target)  # a missing package is told before minutes of calibration, not after
+    if keep is not None:
+        make_folder(keep)
+    original = load_model(model)
+    if int8 is not None:
+        refuse_quantized(original)
+    rewritten, rewrite_report = rewrite(original)
+    network, ranges, quant_report = rewritten, None, None
+    if int8 is not None:
+        ranges = _ranges(int8, original, rewritten, progress)
+        network, quant_report = quantize(
+            rewritten, ranges, target=config.target, weight_bits=int8.weight_bits, keep_float=int8.keep_float,
+            check_ranges=False, extra_warnings=int8.warnings,
+        )  # fmt: skip
+    engine = backend.build(network, out, config)
+    calibrated = None if ranges is None or int8 is None else _summary(ranges, int8)
+    built = EngineBuilt(rewrite_report, calibrated, quant_report, engine, _kept_names(keep, ranges))
+    if keep is not None:
+        _keep(keep, rewritten, ranges, network, built)
+    return built
+
+
+def _ranges(int8: Int8Plan, original: onnx.ModelProto, rewritten: onnx.ModelProto, progress: Progress) -> Ranges:
+    """Measure the ranges, or read them and make sure that they belong to this network."""
+    if int8.ranges is None:
+        assert int8.source is not None  # noqa: S101 - Int8Plan has exactly one of the two
+        return calibrate(
+            rewritten, int8.source, max_samples=int8.samples, batch_size=int8.batch_size, progress=progress
+        )
+    ranges = ranges_file.load(int8.ranges)
+    # Rewriting keeps the value of every tensor whose name survives, so ranges of the model as given serve as well.
+    if ranges.model not in (model_fingerprint(original), model_fingerprint(rewritten)):
+        raise RangesError(
+            f"{int8.ranges} was measured on another network than the model given",
+            hint="calibrate again on this model, or give --calib DATA instead of --ranges",
+        )
+    return ranges
+
+
+def _summary(ranges: Ranges, int8: Int8Plan) -> Calibrated:
+    file = None if int8.ranges is None else str(int8.ranges)
+    return Calibrated(ranges.samples, len(ranges.tensors), ranges.method, ranges.data, file)
+
+
+def _kept_names(keep: Path | None, ranges: Ranges | None) -> tuple[str, ...]:
+    if keep is None:
+        return ()
+    between = ("rewritten.onnx", "ranges.json", "int8.onnx", "steps.json")
+    return tuple(str(keep / name) for name in between if ranges is not None or name not in between[1:3])
+
+
+def _keep(
+    keep: Path, rewritten: onnx.ModelProto, ranges: Ranges | None, network: onnx.ModelProto, built: EngineBuilt
+) -> None:
+    save_model(rewritten, keep / "rewritten.onnx")
+    if ranges is not None:
+        ranges_file.save(ranges, keep / "ranges.json")
+        save_model(network, keep / "int8.onnx")
+    write_json(keep / "steps.json", to_json(built))
