@@ -80,16 +80,16 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 )
 @json_option
 def command(
-    model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None, samples: int | None,
-    batch_size: int, ranges: Path | None, weight_bits: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
+    model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
+    samples: int | None, batch_size: int, ranges: Path | None, weight_bits: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
     shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, require_int8: bool,
     log: Path | None, keep: Path | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Build an engine from MODEL.onnx.
 
     The float network is rewritten (activations that are exactly ReLU collapse, BatchNorm folds); with --int8 it is then
-    calibrated on DATA, or takes --ranges, and quantised in the number format of the target. What the compiler made of it
-    is read back and reported: layers in int8 and in float, activations left, kernels, bytes moved.
+    calibrated on DATA, or takes --ranges, and quantised in the number format of the target. What the compiler made of
+    it is read back and reported: layers in int8 and in float, activations left, kernels, bytes moved.
 
     \b
     Examples:

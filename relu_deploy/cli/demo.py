@@ -28,8 +28,8 @@ def command(output: Path, seed: int, seconds: float, json_path: str | None) -> N
     """See the whole job done on real data, with no download.
 
     Trains a small SiLU network on scikit-learn's digits, distils its ReLU student, exports both, rewrites, calibrates,
-    quantises, builds engines (ONNX Runtime; TensorRT-RTX too where it is installed), measures them against the original, and
-    writes a page that says what each file is.
+    quantises, builds engines (ONNX Runtime; TensorRT-RTX too where it is installed), measures them against the
+    original, and writes a page that says what each file is.
     """
     with progress_bar() as progress:
         report = run_demo(output, seed=seed, bench_seconds=seconds, progress=progress)

@@ -140,7 +140,7 @@ def write_pages(report: DemoReport) -> None:
         raise MissingExtraError("jinja2", extra="demo", purpose="the demo's page") from error
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("relu_deploy.demo", "pages"), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, autoescape=lambda name: bool(name and ".html" in name),
+        lstrip_blocks=True, autoescape=jinja2.select_autoescape(["html.j2"]),  # README.md is no HTML
     )  # fmt: skip
     found = rows(report)
     values: dict[str, Any] = {

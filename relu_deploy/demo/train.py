@@ -17,7 +17,7 @@ from relu_deploy.distill.trainer import TrainConfig, TrainReport, accuracy, cros
 from relu_deploy.nn.swap import SwapReport, relu, replace_activations
 
 TEACHER = TrainConfig(epochs=5)
-# The student starts where the teacher ended: fewer passes, at a lower rate, so that it is repaired and not trained anew.
+# The student starts where the teacher ended: fewer passes at a lower rate, so that it is repaired, not trained anew.
 STUDENT = TrainConfig(epochs=3, learning_rate=1e-3)
 
 

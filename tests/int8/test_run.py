@@ -56,7 +56,7 @@ def test_relu_network_is_fully_integer_in_onnx_runtime(residual_model, measure, 
 
 
 def test_kernels_agree_with_the_definition_of_qdq(residual_model, measure, tmp_path):
-    """Seven-bit weights do not saturate, so integer kernels differ from float Q/DQ only where a code rounds the other way."""
+    """Seven-bit weights do not saturate: integer kernels differ from float Q/DQ only where a code rounds otherwise."""
     model = residual_model()
     quantized, report = quantize(model, measure(model), target="ort", weight_bits=7)
     _, session = optimised(quantized, tmp_path)
@@ -189,7 +189,8 @@ def test_relu6_becomes_clipping_only_where_no_code_lies_above_six(measure):
 
 
 def test_clip_with_a_negative_bound_stays(measure, tmp_path):
-    text = "(float[1, 4, 8, 8] y) <float lo = {-0.5}, float hi = {9}> { c = Conv(x, w) r = Clip(c, lo, hi) y = Conv(r, v) }"
+    text = "(float[1, 4, 8, 8] y) <float lo = {-0.5}, float hi = {9}> "
+    text += "{ c = Conv(x, w) r = Clip(c, lo, hi) y = Conv(r, v) }"
     model = small(HEAD + text, w=KERNEL, v=KERNEL)
     quantized, report = quantize(model, measure(model), target="ort", weight_bits=7)
     assert not report.dropped_activations
@@ -341,7 +342,8 @@ def test_layers_that_cannot_be_int8_say_why(measure):
     rng = np.random.default_rng(0)
     text = HEAD + (
         "(float[1, 4, 16, 16] y, float[1, 4, 8, 8] z) <int64[4] axes = {0, 1, 3, 2}> "
-        "{ c = Conv(x, w) y = ConvTranspose<strides=[2, 2]>(c, t) p = Transpose<perm=[0, 1, 3, 2]>(c) z = MatMul(c, p) }"
+        "{ c = Conv(x, w) y = ConvTranspose<strides=[2, 2]>(c, t) "
+        "p = Transpose<perm=[0, 1, 3, 2]>(c) z = MatMul(c, p) }"
     )
     model = small(text, w=KERNEL, t=rng.normal(size=(4, 4, 2, 2)))
     reasons = {layer.op: layer.reason for layer in quantize(model, measure(model), target="ort")[1].layers}
