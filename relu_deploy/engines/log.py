@@ -80,6 +80,8 @@ def _tensors(text: str) -> tuple[Operand, ...]:
     """The tensors of one list."""
     found = []
     for name, dims, kind in _TENSOR.findall(text):
+        if "_const-lit-in" in name:
+            continue  # a literal that the host hands over with the launch, as the plan tells
         extents = tuple(int(e) if re.fullmatch(r"\d{1,18}", e) else "?" for e in dims.split(",") if e)
         found.append(Operand(name, TYPES.get(kind.lower(), UNKNOWN), extents, (name, str(extents))))
     return tuple(found)

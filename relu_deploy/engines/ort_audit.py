@@ -25,8 +25,10 @@ _FREE = frozenset({
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Slice", "Gather",
     "Cast", "Concat", "Split", "Expand", "Size", "ConstantOfShape", "Range",
 })  # fmt: skip
-_FLOATS: dict[int, str] = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.DOUBLE: "fp64",
-           onnx.TensorProto.BFLOAT16: "bf16"}  # fmt: skip
+_FLOATS: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.DOUBLE: "fp64",
+    onnx.TensorProto.BFLOAT16: "bf16",
+}  # fmt: skip
 
 
 def audit_graph(optimised: onnx.ModelProto, source: onnx.ModelProto) -> Audit:

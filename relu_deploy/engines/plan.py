@@ -87,7 +87,8 @@ def _texts(data: bytes) -> Iterator[dict[str, list[str]]]:
 def _program(blocks: dict[str, list[str]]) -> Program:
     """Turn the text of one program into kernels."""
     target = re.search(r"accelerators=\{([^}]*)\}", "\n".join(blocks["header"]))
-    tensors = _tensors(blocks.get("descriptors", []))
+    on_host = set(re.findall(r"region = \{ name=(\S+) [^}]*place=host", "\n".join(blocks["header"])))
+    tensors = _tensors(blocks.get("descriptors", []), on_host)
     kernels, unread = [], 0
     for line in blocks["main"]:
         found = _LINE.match(line)
@@ -98,13 +99,14 @@ def _program(blocks: dict[str, list[str]]) -> Program:
     return Program(tuple(target[1].split()) if target else (), tensors, tuple(kernels), unread)
 
 
-def _tensors(lines: list[str]) -> dict[str, Operand]:
-    """Every tensor of the descriptors. Scratch space and literals in host memory are left out: no kernel moves them."""
+def _tensors(lines: list[str], on_host: set[str]) -> dict[str, Operand]:
+    """Every tensor on the card. Scratch space, and literals and extents in host memory, are not moved by kernels."""
     tensors: dict[str, Operand] = {}
     for line in lines:
         name, kind = re.search(r' name="([^"]*)"', line), re.search(r" type=(\w+)", line)
         dims = re.search(r" dims=\{((?:[^}\"]|\"[^\"]*\")*)\}", line)
-        if not (name and kind and dims) or "is_scratchspace=1" in line or "_literal " in line:
+        region = re.search(r' region="?([^\s"]*)', line)
+        if not (name and kind and dims) or "is_scratchspace=1" in line or (region and region[1] in on_host):
             continue
         extents = tuple(
             int(word) if re.fullmatch(r"-?\d{1,18}", word) else word.strip('"')
