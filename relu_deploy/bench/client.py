@@ -22,7 +22,7 @@ import relu_deploy.errors
 from calib.errors import ToolkitError
 from relu_deploy.bench.protocol import TensorSpec
 from relu_deploy.bench.subject import Subject
-from relu_deploy.errors import EngineError
+from relu_deploy.errors import EngineError, FileError
 
 _TAIL_LINES, _TAIL_CHARACTERS = 8, 1500
 
@@ -126,8 +126,11 @@ class Worker:
 
     def _write(self, feeds: dict[str, npt.NDArray[Any]]) -> str:
         path = self._folder / "feed.npz"
-        with path.open("wb") as stream:
-            np.savez(stream, **feeds)  # type: ignore[arg-type]
+        try:
+            with path.open("wb") as stream:
+                np.savez(stream, **feeds)  # type: ignore[arg-type]
+        except OSError as error:
+            raise FileError(f"cannot write {path}: {error.strerror}", hint="free space there, or set TMPDIR") from error
         return str(path)
 
     def _ask(self, when: str, request: dict[str, Any], seconds: float = 0.0) -> Any:

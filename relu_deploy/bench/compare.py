@@ -112,7 +112,7 @@ def bench(
     return BenchReport(
         original=results[0],
         engines=tuple(results[1:]),
-        unit="FPS" if len(plans[0].shape) == 4 else "QPS",
+        unit="FPS" if plans and len(plans[0].shape) == 4 else "QPS",
         settings=settings,
         inputs=plans,
         data="random" if data is None else str(data) if isinstance(data, (str, Path)) else "arrays",

@@ -45,9 +45,9 @@ class TensorSpec:
 class Runnable(Protocol):
     """The part of an engine that a worker needs.
 
-    An engine may also have ``time(feeds, runs) -> Sequence[float]``, nanoseconds of each run by its own clock (CUDA
-    events, a CUDA graph); a worker then takes those instead of the host's clock. No engine with such a clock has been
-    run: that path was tested with a stand-in, never on a GPU.
+    An engine may also have ``time(feeds, runs) -> Sequence[float]``, milliseconds of each run by its own clock (CUDA
+    events, a CUDA graph, no copies); a worker then takes those instead of the host's clock. No engine with such a clock
+    has been run: that path was tested with a stand-in, never on a GPU.
     """
 
     @property

@@ -62,7 +62,8 @@ class Noise:
     Attributes:
         load_before: One-minute load average before the first run; None where not told.
         load_after: After the last; the bench itself adds to it.
-        others: Share of the usable processors' time that other processes took during the rounds; None where not told.
+        others: Share of the usable processors' time that other processes took while it was measured; None where
+            not told.
         stolen: Share that the hypervisor gave to other virtual machines.
     """
 
@@ -85,7 +86,8 @@ class EngineResult:
         layers: Linear layers in int8, and all of them, from the manifest; None for a plain file.
         load_seconds: Opening it, once.
         peak_bytes: Largest resident memory of its process.
-        clock: ``host``: wall time of one call, in its process; ``engine``: by the engine's own clock.
+        clock: ``host``: wall time of one call, in its process; ``engine``: by the engine's own clock (on a GPU: CUDA
+            events around a CUDA graph, without copies).
         samples: Counted runs.
         median_ms: Of all counted runs.
         percentiles: In milliseconds; refused where there are too few samples.
@@ -200,7 +202,7 @@ def find_warnings(
 ) -> tuple[str, ...]:
     """Everything about a measurement that a reader should know before trusting it; the original is ``results[0]``."""
     return (*_noise_warnings(noise, machine, settings), *(w for result in results for w in _result_warnings(result)),
-            *_int8_warnings(results, machine))  # fmt: skip
+            *_int8_warnings(results, machine), *_clock_warnings(results))  # fmt: skip
 
 
 def _noise_warnings(noise: Noise, machine: Machine, settings: Settings) -> list[str]:
@@ -228,6 +230,15 @@ def _result_warnings(result: EngineResult) -> list[str]:
     if result.accuracy is not None and result.accuracy.nonfinite:
         found.append(f"{result.name}: {result.accuracy.nonfinite} of its output values are NaN or Inf")
     return found
+
+
+def _clock_warnings(results: Sequence[EngineResult]) -> list[str]:
+    return [
+        f"{result.name} was timed by the {result.clock}'s clock and its original by the {results[0].clock}'s: only the "
+        "host's includes the call and the copies, so their ratio mixes two things"
+        for result in results[1:]
+        if result.clock != results[0].clock
+    ]
 
 
 def _int8_warnings(results: Sequence[EngineResult], machine: Machine) -> list[str]:

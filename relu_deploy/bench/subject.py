@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import external_data_helper
 
+from calib.files import read_json
 from relu_deploy.bench.protocol import PLAIN_ONNX
 from relu_deploy.engines.manifest import manifest_path, read_manifest
 from relu_deploy.errors import EngineError, FileError
@@ -52,7 +53,7 @@ def read_subject(path: Path) -> Subject:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileError(f"cannot measure {path}: it {what}")
-    if manifest_path(path).is_file():
+    if _has_manifest(path):
         return _read_engine(path)
     if path.suffix != ".onnx":
         raise EngineError(
@@ -61,6 +62,15 @@ def read_subject(path: Path) -> Subject:
         )
     size = path.stat().st_size + _external_bytes(path)
     return Subject(path, path.name, PLAIN_ONNX, onnx_precision(load_model(path)), size)
+
+
+def _has_manifest(path: Path) -> bool:
+    """Whether a manifest lies beside it. ``model.onnx.json`` may also be some step's report on a plain file."""
+    manifest = manifest_path(path)
+    if not manifest.is_file():
+        return False
+    stored = read_json(manifest)
+    return path.suffix != ".onnx" or (isinstance(stored, dict) and "sha256" in stored)
 
 
 def unique_names(subjects: Sequence[Subject]) -> tuple[Subject, ...]:

@@ -30,7 +30,7 @@ from relu_deploy.errors import EngineError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # An engine with a clock of its own is asked for a few runs at a time, so that the seconds asked for are kept.
-_ENGINE_CLOCK_RUNS = 10
+_ENGINE_CLOCK_RUNS = 20
 
 
 def open_engine(engine: Path, target: str, threads: int) -> AbstractContextManager[Runnable]:
@@ -133,7 +133,7 @@ class Session:
         samples: list[float] = []
         until = time.perf_counter() + seconds
         while len(samples) < MAX_RUNS and (len(samples) < least or time.perf_counter() < until):
-            samples.extend(float(value) for value in engine_clock(self._feeds, _ENGINE_CLOCK_RUNS))
+            samples.extend(value * 1e6 for value in engine_clock(self._feeds, _ENGINE_CLOCK_RUNS))
         return samples
 
     def _outputs(self, feed: str, names: list[str], out: str) -> None:

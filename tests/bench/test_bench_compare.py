@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 from collections.abc import Callable
@@ -14,7 +16,8 @@ from relu_deploy.bench.measure import draw_order
 from relu_deploy.bench.report import HIGH_VARIATION, Noise, find_warnings
 from relu_deploy.bench.subject import read_subject
 from relu_deploy.engines.base import BuildConfig, get_backend
-from relu_deploy.errors import DataError, EngineError, FileError, ModelError
+from relu_deploy.engines.manifest import manifest_path
+from relu_deploy.errors import BackendUnavailableError, DataError, EngineError, FileError, ModelError
 from relu_deploy.report import to_json
 
 Save = Callable[[str, onnx.ModelProto], Path]
@@ -138,6 +141,29 @@ def test_engines_are_opened_with_their_manifest(save: Save, chain: Chain, tmp_pa
         bench([engine], against=original, **QUICK)
 
 
+def test_a_report_beside_a_plain_file_is_no_manifest(save: Save, chain: Chain) -> None:
+    model = save("m.onnx", chain(1))
+    (model.parent / "m.onnx.json").write_text('{"changed": []}')
+    assert read_subject(model).target == "onnx"
+    (model.parent / "m.onnx.json").write_text('{"sha256": ')
+    with pytest.raises(FileError, match="not valid JSON"):
+        read_subject(model)
+
+
+def test_an_engine_for_a_card_needs_one(save: Save, chain: Chain, tmp_path: Path) -> None:
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("this machine has a CUDA driver")
+    original, engine = save("o.onnx", chain(1)), tmp_path / "card.engine"
+    get_backend("ort").build(original, engine, BuildConfig(target="ort"))
+    manifest = manifest_path(engine)
+    manifest.write_text(manifest.read_text().replace('"target": "ort"', '"target": "tensorrt-rtx"'))
+    # Measuring would take days: it is refused before.
+    with pytest.raises(BackendUnavailableError, match=r"card\.engine.* needs an NVIDIA GPU") as caught:
+        bench([engine], against=original, seconds=1e6)
+    assert caught.value.exit_code == 2
+
+
 def test_other_outputs_are_warned_of_and_refused_with_data(classifier: Classifier, save: Save, chain: Chain) -> None:
     original = classifier("o.onnx", "Identity(x)")
     other = onnx.parser.parse_model(
@@ -225,6 +251,9 @@ def test_warnings_say_what_disturbs(save: Save, chain: Chain) -> None:
     int8 = dataclasses.replace(calm, precision="int8")
     assert warned(int8) == ""
     assert "no VNNI" in warned(int8, machine=dataclasses.replace(quiet, flags=("avx2",)))
+    by_events = dataclasses.replace(calm, clock="engine")
+    mixed = find_warnings([calm, by_events], report.settings, still, quiet)
+    assert any("mixes two things" in warning for warning in mixed)
     assert any("3 rounds support no claim" in warning for warning in report.warnings)
 
 

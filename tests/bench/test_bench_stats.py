@@ -129,12 +129,12 @@ def test_ratio_refuses_unpaired_rounds(original: list[np.ndarray], engine: list[
         ratio(original, engine)
 
 
-@pytest.mark.parametrize("rounds", [6, 12, 20])
+@pytest.mark.parametrize("rounds", [6, 20])
 @pytest.mark.parametrize("disturbed", [0.0, 0.1])
 def test_interval_of_the_ratio_covers_the_truth(rounds: int, disturbed: float) -> None:
     """Rounds share a drift; each engine has an effect of its own a round, heavy tails, and rounds that go wrong."""
     rng = np.random.default_rng(2)
-    hits, trials, truth = 0, 300, 1.3
+    hits, trials, truth = 0, 250, 1.3
 
     def measured(scale: float, drift: np.ndarray) -> list[np.ndarray]:
         own = rng.normal(0, 0.02, rounds) + (rng.random(rounds) < disturbed) * rng.exponential(0.5, rounds)
@@ -150,7 +150,7 @@ def test_interval_of_the_ratio_covers_the_truth(rounds: int, disturbed: float) -
         assert found.high is not None
         hits += found.low <= truth <= found.high
     # Nominal 95 %. The percentile bootstrap of a median comes to 92 to 96 % with 6 to 20 rounds (seen in simulation,
-    # 400 trials a case); 0.90 leaves two standard errors of 300 trials, 1.3 points each, below the lowest of these.
+    # 400 trials a case); 0.90 leaves two standard errors of 250 trials, 1.4 points each, below the lowest of these.
     assert hits / trials >= 0.90
 
 
