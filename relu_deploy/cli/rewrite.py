@@ -27,10 +27,10 @@ _NAMES = 3
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs of that comparison.")
 @json_option
 def command(model: Path, output: Path, no_verify: bool, seed: int, json_path: str | None) -> None:
-    """Collapse what is exactly ReLU into Relu nodes, and clean the graph up for INT8.
+    r"""Collapse what is exactly ReLU into Relu nodes, and clean the graph up for INT8.
 
-    MODEL is an ONNX file. A region of nodes is replaced only if it is proven to be ReLU, whatever its spelling; every other
-    activation is listed with what it is. Where nothing is to be done, the output is a copy of the input.
+    MODEL is an ONNX file. A region of nodes is replaced only if it is proven to be ReLU, whatever its spelling; every
+    other activation is listed with what it is. Where nothing is to be done, the output is a copy of the input.
 
     \b
     Example:
@@ -39,15 +39,17 @@ def command(model: Path, output: Path, no_verify: bool, seed: int, json_path: st
     original = load_model(model)
     result, report = rewrite(original, verify=not no_verify, seed=seed)
     save_model(result, output)
-    emit(report, json_path, lambda: _render(report, output))
+    emit(report, json_path, lambda: render(report, output))
 
 
-def _render(report: RewriteReport, output: Path) -> Group:
+def render(report: RewriteReport, output: Path | None = None) -> Group:
+    """A table of what changed and what did not, and how the result was checked."""
     table = Table("pass", "", "nodes", "why")
     for entry in report.passes:
         for row in _rows(entry):
             table.add_row(*row)
-    lines = [Text(f"{report.nodes_before} nodes -> {report.nodes_after}: {output}"), _verdict(report)]
+    written = "" if output is None else f": {output}"
+    lines = [Text(f"{report.nodes_before} nodes -> {report.nodes_after}{written}"), _verdict(report)]
     return Group(table, *lines) if table.row_count else Group(*lines)
 
 
@@ -74,4 +76,7 @@ def _verdict(report: RewriteReport) -> Text:
         return Text(f"outputs could not be compared with the original's: {check.note}", style="yellow")
     worst = max((output.error for output in check.outputs), default=0.0)
     how = "equal bit for bit" if report.exact else f"largest relative error {worst:.2g}"
-    return Text(f"outputs compared on {check.samples} random inputs in ONNX Runtime: {how}. {check.note}".rstrip(), style="green")
+    return Text(
+        f"outputs compared on {check.samples} random inputs in ONNX Runtime: {how}. {check.note}".rstrip(),
+        style="green",
+    )

@@ -1,7 +1,7 @@
 """Graph passes: what a network computes stays, what it costs goes down.
 
-The pipeline, in order. A pass takes a graphsurgeon graph, edits it in place and returns a ``PassReport``; ``run.rewrite`` applies
-them until none finds anything to do, and compares the result with the original.
+The pipeline, in order. A pass takes a graphsurgeon graph, edits it in place and returns a ``PassReport``;
+``run.rewrite`` applies them until none finds anything to do, and compares the result with the original.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Fold BatchNormalization into the convolution or matrix product before it.
 
-``bn(y) = s (y - mean) + shift`` with ``s = scale / sqrt(var + epsilon)``, hence for ``y = W x + b``: ``W' = s W`` along the output
-channels and ``b' = s (b - mean) + shift``. Computed in float64 and rounded once to the type of the weights.
+``bn(y) = s (y - mean) + shift`` with ``s = scale / sqrt(var + epsilon)``, hence for ``y = W x + b``: ``W' = s W``
+along the output channels and ``b' = s (b - mean) + shift``. Computed in float64 and rounded once to the type of the
+weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from relu_deploy.passes.dead import drop_detached
 from relu_deploy.passes.region import constant_values
 from relu_deploy.report import PassReport, Skip
 
@@ -54,6 +56,7 @@ def fold_batchnorm(graph: gs.Graph) -> PassReport:
             continue
         _connect(node, producer, weights, names)
         changed.append(node.name)
+    drop_detached(graph)
     return PassReport("fold_batchnorm", tuple(changed), tuple(skipped))
 
 

@@ -21,8 +21,8 @@ class Certificate:
         limit: Largest magnitude of ``x`` covered, tensor units.
         dtype: Float type of the tensor, such as ``float32``.
         whole: Whether ``limit`` is the largest finite number of that type.
-        rounding: Bound of what rounding in the *original* adds, relative to ``max(|x|, 1)``; 0 when its floats are exact too. The
-            Relu that replaces it does not round.
+        rounding: Bound of what rounding in the *original* adds, relative to ``max(|x|, 1)``; 0 when its floats are
+            exact too. The Relu that replaces it does not round.
 
     >>> print(Certificate(eps=0.0, limit=3.4028234663852886e38, dtype="float32", whole=True, rounding=0.0))
     equals ReLU for every finite float32, bit for bit

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from relu_deploy.passes.floats import sample
 from relu_deploy.passes.program import Program
-from relu_deploy.passes.pwl import PiecewiseLinear
+from relu_deploy.passes.pwl import ONE, ZERO, PiecewiseLinear
 
 Array = npt.NDArray[np.float64]
+_IDENTITY = (ONE, ZERO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,15 @@ def classify_piecewise_linear(function: PiecewiseLinear) -> Activation:
     count = len(function.breaks)
     where = ", ".join(f"{float(x):.4g}" for x in function.breaks[:4]) + (", ..." if count > 4 else "")
     plural = "" if count == 1 else "s"
-    return Activation("piecewise_linear", f"piecewise linear with {count} breakpoint{plural} ({where}){shape}", exact=True)
+    return Activation(
+        "piecewise_linear", f"piecewise linear with {count} breakpoint{plural} ({where}){shape}", exact=True
+    )
 
 
 def _one_break(function: PiecewiseLinear) -> Activation | None:
     """LeakyReLU: bends at 0 only, slope 1 to the right."""
-    if function.breaks != (0,) or function.points != (0,) or function.lines[1] != (1, 0) or function.lines[0][1] != 0:
+    bends_at_zero = function.breaks == (ZERO,) and function.points == (ZERO,)
+    if not bends_at_zero or function.lines[1] != _IDENTITY or function.lines[0][1]:
         return None
     return Activation("leaky_relu", f"LeakyReLU with slope {float(function.lines[0][0]):.6g}", exact=True)
 
@@ -75,10 +79,10 @@ def _clipped(function: PiecewiseLinear) -> Activation | None:
     """Clipped ReLU, Clip with any other bounds, and HardSigmoid: flat, sloped, flat."""
     if len(function.breaks) != 2 or not function.is_continuous or function.lines[0][0] or function.lines[2][0]:
         return None
-    if (function.lines[0][1], function.lines[2][1]) == (0, 1) and function.lines[1] != (1, 0):
+    if (function.lines[0][1], function.lines[2][1]) == (ZERO, ONE) and function.lines[1] != _IDENTITY:
         ends = " to ".join(f"{float(x):.4g}" for x in function.breaks)
         return Activation("hard_sigmoid", f"HardSigmoid rising from {ends}", exact=True)
-    if function.lines[1] != (1, 0):
+    if function.lines[1] != _IDENTITY:
         return None
     low, high = (float(x) for x in function.breaks)
     kind = {(0.0, 6.0): "relu6"}.get((low, high), "clipped_relu" if low == 0 else "clip")
@@ -123,7 +127,7 @@ _POINTS = np.linspace(-9.0, 9.0, 401) + 0.01
 
 
 def classify_samples(program: Program, constants: npt.ArrayLike) -> Activation:
-    """Name one channel of a smooth region by its values at 401 points, to 2e-4 (float16 constants differ by that much)."""
+    """Name one channel of a smooth region by its values at 401 points, to 2e-4: float16 constants are off by that."""
     values = sample(program, constants, _POINTS)
     with np.errstate(all="ignore"):
         for kind, name, function in _KNOWN:
@@ -157,5 +161,3 @@ def summary(kinds: list[Activation], channels: int) -> Activation:
         return Activation("prelu", f"PReLU with its own slope for each of {channels} channels", exact=exact)
     kind = names[0] if len(names) == 1 else "mixed"
     return Activation(kind, f"not the same in all {channels} channels: {', '.join(names)}", exact=exact)
-
-

@@ -1,7 +1,8 @@
 """Replace every region that is exactly ReLU by one Relu node, and say of the others what they are.
 
-Source: the residues of gradual replacement, ``gamma act(x) + (1 - gamma) max(0, x)`` at gamma = 0 (SAT), ``alpha relu + (1 -
-alpha) act`` at alpha = 1 (PEA), and PReLU, LeakyReLU, Max, Where and Clip with the constants that make them ReLU.
+Source: the residues of gradual replacement, ``gamma act(x) + (1 - gamma) max(0, x)`` at gamma = 0 (SAT), ``alpha relu
++ (1 - alpha) act`` at alpha = 1 (PEA), and PReLU, LeakyReLU, Max, Where and Clip with the constants that make them
+ReLU.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def collapse_relu(graph: gs.Graph) -> PassReport:
     """Replace regions that equal ReLU, exactly and on every float that matters, by one ``Relu`` each.
 
     Args:
-        graph: Sorted topologically, with types and shapes of its tensors where they are known. Edited in place; nodes that
-            nobody needs any more are left for ``cleanup``.
+        graph: Sorted topologically, with types and shapes of its tensors where they are known. Edited in place; nodes
+            that nobody needs any more are left for ``cleanup``.
 
     Returns:
         Changed: the nodes whose output is now made by a Relu. Notes: a certificate for each. Skipped: every other
@@ -170,8 +171,8 @@ class _Collapse:
         behaviour = float_behaviour(program, kind)
         if behaviour.limit < LEAST_DOMAIN * kind.largest:
             return (
-                f"ReLU in exact arithmetic, but in {kind.name} it is not finite or not accurate "
-                f"for |x| > {behaviour.limit:.4g} (0 * inf, or lost digits)"
+                f"ReLU in exact arithmetic, but in {kind.name} not finite or not accurate for "
+                f"|x| > {behaviour.limit:.4g} (0 * inf, overflow or lost digits)"
             )
         whole = behaviour.limit == kind.largest
         return Certificate(0.0, behaviour.limit, kind.name, whole, behaviour.rounding)
@@ -215,7 +216,7 @@ class _Collapse:
         self._skipped[cut.node.name] = Skip(cut.node.name, reason)
 
     def _replace(self, top: Cut, cut: Cut, places: dict[int, int]) -> str:
-        """Let a Relu make the tensor, under its old name and in the old node's place; nobody reads the old node any more."""
+        """Let a Relu make the tensor, under its old name and in the place of the old node."""
         old, tensor = cut.node, cut.tensor
         assert old is not None  # noqa: S101 - only tensors that a node makes are replaced
         old.inputs.clear()

@@ -1,4 +1,4 @@
-"""Turn what depends on constants alone into initializers: Constant nodes, side inputs such as ``1 - gamma``, shape arithmetic.
+"""Turn what depends on constants alone into initializers: Constant nodes, ``1 - gamma``, shape arithmetic.
 
 Each node is computed by ONNX Runtime itself, so the value is the one that a runtime would have computed.
 """
@@ -13,9 +13,11 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from relu_deploy.passes.dead import drop_detached
 from relu_deploy.report import PassReport, Skip
 
-# A folded value may be as large as what it was computed from, or this many bytes: shape arithmetic, masks, small tables.
+# A folded value may be as large as what it was computed from, or this many bytes: shape arithmetic, masks, small
+# tables.
 FREE_BYTES = 1 << 16
 # Quantised weights must stay behind their DequantizeLinear; random numbers are not constants.
 _NEVER = (
@@ -50,9 +52,11 @@ def fold_constants(graph: gs.Graph) -> PassReport:
             skipped.append(Skip(node.name, str(error)))
             continue
         if value is not None:
-            used[0].inputs.clear()
+            node.inputs.clear()
+            node.outputs.clear()
             used[0].to_constant(value)
             changed.append(node.name)
+    drop_detached(graph)
     return PassReport("fold_constants", tuple(changed), tuple(skipped))
 
 
@@ -118,7 +122,9 @@ def _single_node_model(node: gs.Node, graph: gs.Graph) -> onnx.ModelProto:
         values = np.asarray(tensor.values)
         if values.dtype.kind not in "fiub":
             raise _CannotFoldError(f"its input {tensor.name} is of a type that is not computed with here")
-        initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), tensor.name))
+        initializers.append(
+            onnx.numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), tensor.name)
+        )
     holder = gs.Graph([node], opset=graph.opset, import_domains=graph.import_domains)
     proto = next(n for n in gs.export_onnx(holder, do_type_check=False).graph.node if n.name == node.name)
     name = next(t.name for t in node.outputs if not t.is_empty())

@@ -20,3 +20,8 @@ def remove_dead_nodes(graph: gs.Graph) -> PassReport:
     graph.cleanup(remove_unused_graph_inputs=False)
     left = {id(node) for node in graph.nodes}
     return PassReport("remove_dead_nodes", tuple(name for key, name in before if key not in left))
+
+
+def drop_detached(graph: gs.Graph) -> None:
+    """Take out nodes that a pass has cut off from everything, so that the passes after it do not meet them."""
+    graph.nodes[:] = [node for node in graph.nodes if node.outputs]

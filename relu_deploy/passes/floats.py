@@ -1,11 +1,11 @@
 """What floats make of a region: interval evaluation of every primitive over all finite numbers of a type.
 
-Real arithmetic says that ``0 * f(x)`` is 0; a float says NaN where ``f`` overflows, and ``(x + 2**60) - 2**60`` is ``x`` on
-paper only. So the domain is cut into dyadic boxes ``[2**k, 2**(k+1)]`` of either sign, and on each box every intermediate
-gets an interval and a bound of its rounding error, with infinities and NaN followed as IEEE 754 does.
+Real arithmetic says that ``0 * f(x)`` is 0; a float says NaN where ``f`` overflows, and ``(x + 2**60) - 2**60`` is
+``x`` on paper only. So the domain is cut into dyadic boxes ``[2**k, 2**(k+1)]`` of either sign, and on each box every
+intermediate gets an interval and a bound of its rounding error, with infinities and NaN followed as IEEE 754 does.
 
-The result of a smooth function carries no error of its own: the symbolic proof holds for *any* value of an atom, hence for the
-float that the runtime really computed (each step of a program is computed once and is one atom).
+The result of a smooth function carries no error of its own: the symbolic proof holds for *any* value of an atom,
+hence for the float that the runtime really computed (each step of a program is computed once and is one atom).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from relu_deploy.passes.program import Program, Step
 
 Array = npt.NDArray[np.float64]
 
-# A replacement counts only on a domain that a sane network never leaves: down to 2**-8 of the largest finite value, which is
-# 1.3e36 in float32 and 256 in float16. ``0 * GELU`` passes (it overflows past half of the largest value), ``0 * exp`` does not.
+# A replacement counts only on a domain that a sane network never leaves: down to 2**-8 of the largest finite value,
+# which is 1.3e36 in float32 and 256 in float16. ``0 * GELU`` passes (it overflows past half of the largest value),
+# ``0 * exp`` does not.
 LEAST_DOMAIN = 2.0**-8
 # Rounding a blend may leave behind, in units of max(|x|, 1) u: a lerp needs 4, a table of 16 hinges some 40.
 MOST_ROUNDING = 64.0
@@ -80,22 +81,23 @@ class Interval:
 
 def float_behaviour(program: Program, kind: FloatType) -> FloatBehaviour:
     """Evaluate a region over every finite number of a type, all channels at once."""
-    exponents = np.arange(kind.lowest, math.frexp(kind.largest)[1], dtype=np.float64)
-    low = np.ldexp(1.0, exponents.astype(int))
-    high = np.minimum(low * 2 * (1 - kind.unit / 2), kind.largest)
-    lo, hi = np.concatenate([[0.0], low, -high]), np.concatenate([[0.0], high, -low])
-    values = _run(program, Interval(lo, hi, np.zeros_like(lo)), kind)
+    low = np.ldexp(1.0, np.arange(kind.lowest, math.frexp(kind.largest)[1]))
     with np.errstate(all="ignore"):
-        bad = _bad(values[-1], np.maximum(np.minimum(np.abs(lo), np.abs(hi)), 1.0), kind).any(axis=0)
-        relative = (values[-1].err / np.maximum(np.minimum(np.abs(lo), np.abs(hi)), 1.0)).max(axis=0)
-    sides = bad[1:].reshape(2, -1).any(axis=0)
+        high = np.minimum(low * 2 * (1 - kind.unit / 2), kind.largest)
+        lo, hi = np.concatenate([[0.0], low, -high]), np.concatenate([[0.0], high, -low])
+        values = _run(program, Interval(lo, hi, np.zeros_like(lo)), kind)
+        scale = np.maximum(np.minimum(np.abs(lo), np.abs(hi)), 1.0)
+        bad = _bad(values[-1], scale, kind)
+        relative = np.atleast_2d(values[-1].err / scale).max(axis=0)
     if bad[0]:
         return FloatBehaviour(0.0, 0.0, _culprit(program, values, 0))
+    sides = bad[1:].reshape(2, -1).any(axis=0)
     first = int(np.argmax(sides)) if sides.any() else sides.size
     good = np.concatenate([[True], np.tile(np.arange(sides.size) < first, 2)])
-    limit = kind.largest if first == sides.size else float(low[first])
-    culprit = "" if first == sides.size else _culprit(program, values, first + 1)
-    return FloatBehaviour(limit, float(relative[good].max()), culprit)
+    if first == sides.size:
+        return FloatBehaviour(kind.largest, float(relative.max()), "")
+    box = 1 + first if bad[1 + first] else 1 + sides.size + first
+    return FloatBehaviour(float(low[first]), float(relative[good].max()), _culprit(program, values, box))
 
 
 def sample(program: Program, constants: npt.ArrayLike, points: Array) -> Array:
@@ -112,7 +114,7 @@ def _bad(value: Interval, scale: Array, kind: FloatType) -> npt.NDArray[np.bool_
     """Boxes on which a result is not finite or not accurate."""
     allowed = MOST_ROUNDING * (kind.unit * scale + kind.tiny)
     fine = np.isfinite(value.lo) & np.isfinite(value.hi) & (value.err <= allowed)
-    return np.atleast_2d(~fine)
+    return np.asarray(np.atleast_2d(~fine).any(axis=0))
 
 
 def _culprit(program: Program, values: list[Interval], box: int) -> str:
@@ -187,7 +189,7 @@ def _mul(a: Interval, b: Interval, kind: FloatType) -> Interval:
 
 
 def _times(size: Array, err: Array) -> Array:
-    """``size * err`` where an exact 0 of ``err`` wins over an infinite size: the product's own bounds show the overflow."""
+    """``size * err`` where 0 wins over an infinite size: the bounds of the product show the overflow."""
     return np.where(err == 0, 0.0, size * err)
 
 
@@ -268,7 +270,7 @@ _BOUNDED = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "erf": (-1.0, 1.0), "sof
 
 
 def _fn(name: str, a: Interval, kind: FloatType) -> Interval:
-    """Range of a smooth function over the floats that can reach it, a few units wider for the runtime's own accuracy."""
+    """Range of a smooth function over the floats that can reach it, and a few units for the runtime's accuracy."""
     low, high = a.lo - a.err, a.hi + a.err
     if name in ("sin", "cos", "cosh"):
         wave = name != "cosh"

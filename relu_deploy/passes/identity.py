@@ -1,4 +1,4 @@
-"""Remove nodes that hand their input on: Identity, Dropout at inference, Cast to the type that the tensor already has."""
+"""Remove nodes that hand their input on: Identity, Dropout at inference, Cast to the type that is already there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from relu_deploy.passes.dead import drop_detached
 from relu_deploy.passes.region import constant_values, onnx_type
 from relu_deploy.report import PassReport, Skip
 
@@ -37,6 +38,7 @@ def remove_identities(graph: gs.Graph) -> PassReport:
             continue
         _bypass(node, source, target, is_output=id(target) in outputs)
         changed.append(node.name)
+    drop_detached(graph)
     return PassReport("remove_identities", tuple(changed), tuple(skipped))
 
 

@@ -211,12 +211,12 @@ def _cast(call: Call) -> int:
         return x
     if target == TensorProto.BOOL:
         return _not(dataclasses.replace(call, args=[build.step("eq", x, build.const(0.0))]))
-    names = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
     if target in (TensorProto.INT32, TensorProto.INT64):
         return build.fn("integer", x)
-    if target in names:
-        return build.fn(names[target], x)
-    raise UnsupportedError(f"a cast to {TensorProto.DataType.Name(target)} changes values")
+    for narrow, name in ((TensorProto.FLOAT16, "float16"), (TensorProto.BFLOAT16, "bfloat16")):
+        if target == narrow:
+            return build.fn(name, x)
+    raise UnsupportedError(f"a cast to {onnx.helper.tensor_dtype_to_string(target)} changes values")
 
 
 def _dropout(call: Call) -> int:

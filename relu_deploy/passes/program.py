@@ -22,8 +22,8 @@ class Step:
     """One primitive.
 
     Attributes:
-        op: ``x``, ``const``, ``add``, ``mul``, ``div``, ``max``, ``min``, ``gt``, ``ge``, ``eq``, ``select`` (condition, yes, no) or ``fn``.
-        args: Indices of earlier steps.
+        op: One of ``x``, ``const``, ``add``, ``mul``, ``div``, ``max``, ``min``, ``gt``, ``ge``, ``eq``, ``select``
+        (condition, yes, no) or ``fn``. args: Indices of earlier steps.
         param: For ``const`` the row of ``Program.constants``; for ``fn`` one of ``SMOOTH``.
     """
 
@@ -47,7 +47,7 @@ class Program:
     origin: tuple[str, ...]
 
     def channels(self) -> np.ndarray:
-        """The distinct columns of ``constants``, shape ``(number of constants, distinct)``: equal channels count once."""
+        """The distinct columns of ``constants``, shape ``(constants, distinct channels)``."""
         if self.constants.shape[1] <= 1:
             return self.constants
         return np.unique(self.constants, axis=1)

@@ -1,7 +1,8 @@
 """Exact piecewise-linear functions of one real variable, over the rationals.
 
-Every float is a dyadic rational, so a network's ReLU, Clip, PReLU, Where and their blends with constant weights are such
-functions with no rounding at all, and two of them can be compared for equality on the whole line instead of on samples.
+Every float is a dyadic rational, so a network's ReLU, Clip, PReLU, Where and their blends with constant weights are
+such functions with no rounding at all, and two of them can be compared for equality on the whole line instead of on
+samples.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class PiecewiseLinear:
         if any(abs(x) <= limit and point for x, point in zip(difference.breaks, difference.points, strict=True)):
             return False
         first, last = bisect.bisect_right(difference.breaks, -limit), bisect.bisect_left(difference.breaks, limit)
-        return all(difference.lines[i] == (0, 0) for i in range(first, last + 1))
+        return all(difference.lines[i] == (ZERO, ZERO) for i in range(first, last + 1))
 
     def is_relu(self, limit: Fraction | None = None) -> bool:
         """Whether it is ``max(x, 0)`` on the whole line, or wherever ``|x| <= limit``."""
@@ -214,11 +215,7 @@ def _line_product(f: Line, g: Line) -> Line:
 
 def _canonical(breaks: list[Fraction], points: list[Fraction], lines: list[Line]) -> PiecewiseLinear:
     """Drop breakpoints at which nothing happens."""
-    keep = [
-        k
-        for k, x in enumerate(breaks)
-        if lines[k] != lines[k + 1] or points[k] != lines[k][0] * x + lines[k][1]
-    ]
+    keep = [k for k, x in enumerate(breaks) if lines[k] != lines[k + 1] or points[k] != lines[k][0] * x + lines[k][1]]
     kept_lines = (*(lines[k] for k in keep), lines[-1])
     return PiecewiseLinear(tuple(breaks[k] for k in keep), tuple(points[k] for k in keep), kept_lines)
 

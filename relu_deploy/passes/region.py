@@ -1,9 +1,9 @@
-"""Find what is a function of one tensor: a forest in which the ancestors of a tensor are exactly the tensors it depends on alone.
+"""Find what is a function of one tensor: a forest in which ancestors are the tensors that one depends on alone.
 
-Every elementwise node's output hangs below the lowest tensor that all its live inputs depend on; where there is none (a gate
-with two live inputs) it starts a tree of its own. The ancestors of a tensor are thus its cut tensors, so that in ``2 x + 1 ->
-blend -> 3 *`` the blend is found between two cuts. Jump pointers keep the common ancestor logarithmic, and the whole linear in
-the size of the graph up to that logarithm.
+Every elementwise node's output hangs below the lowest tensor that all its live inputs depend on; where there is none
+(a gate with two live inputs) it starts a tree of its own. The ancestors of a tensor are thus its cut tensors, so that
+in ``2 x + 1 -> blend -> 3 *`` the blend is found between two cuts. Jump pointers keep the common ancestor
+logarithmic, and the whole linear in the size of the graph up to that logarithm.
 """
 
 from __future__ import annotations
@@ -108,21 +108,21 @@ def program_between(top: Cut, bottom: Cut, *, same_shape: bool = True) -> Progra
     Args:
         top: Its input.
         bottom: Its output, a descendant.
-        same_shape: Refuse where a side constant may give the output another shape than the input; without it the program
-            says what is computed for each element, and nothing about shapes.
+        same_shape: Refuse where a side constant may give the output another shape than the input; without it the
+            program says what is computed for each element, and nothing about shapes.
 
     Raises:
         UnsupportedError: an operator in between is used in a way that has no lowering, or it may change the shape.
     """
     build = Builder()
     steps = {id(top.tensor): build.step("x")}
-    axis_of: dict[int, int] = {}
+    axes: dict[int, int] = {}
     for node in nodes_between(top, bottom):
         build.node = node.name
         if same_shape:
             for tensor in node.inputs:
                 _check_broadcast(tensor, top.tensor)
-        args = [_argument(tensor, steps, build, top.tensor, axis_of) for tensor in node.inputs]
+        args = [_argument(tensor, steps, build, top.tensor, axes) for tensor in node.inputs]
         integers = any(_is_integer_constant(tensor) for tensor in node.inputs)
         call = Call(build, args, node.attrs, [onnx_type(t) for t in node.inputs], onnx_type(top.tensor), integers)
         steps[id(node.outputs[0])] = LOWERINGS[node.op](call)
@@ -150,7 +150,7 @@ def nodes_between(top: Cut, bottom: Cut) -> list[gs.Node]:
 
 
 def _argument(
-    tensor: gs.Tensor, steps: dict[int, int], build: Builder, root: gs.Tensor, axis_of: dict[int, int]
+    tensor: gs.Tensor, steps: dict[int, int], build: Builder, root: gs.Tensor, axes: dict[int, int]
 ) -> int | None:
     """Step of one input of a node: live, constant, or left out."""
     if tensor.is_empty():
@@ -163,8 +163,10 @@ def _argument(
     if values.dtype.kind not in "fiub" and str(values.dtype) != "bfloat16":
         raise UnsupportedError(f"constant {tensor.name} is not of a numeric type")
     wide = [axis - values.ndim for axis, size in enumerate(values.shape) if size != 1]
-    if wide and axis_of.setdefault(values.shape[wide[0]], wide[0]) != wide[0] or len(axis_of) > 1:
+    if wide and axes.setdefault(values.shape[wide[0]], wide[0]) != wide[0]:
         raise UnsupportedError("side constants vary along two different axes")
+    if len(axes) > 1:
+        raise UnsupportedError("side constants of different lengths")
     numbers = np.asarray(values, dtype=np.float64)
     if np.isnan(numbers).any():
         raise UnsupportedError(f"constant {tensor.name} holds NaN")
@@ -179,7 +181,9 @@ def _check_broadcast(tensor: gs.Tensor, root: gs.Tensor) -> None:
     shape, rank = root.shape, len(root.shape) if root.shape is not None else 0
     if values.ndim > rank:
         what = f"has rank {rank}" if shape is not None else "is of unknown rank"
-        raise UnsupportedError(f"constant {tensor.name} has rank {values.ndim} and {root.name} {what}: the shape may change")
+        raise UnsupportedError(
+            f"constant {tensor.name} has rank {values.ndim} and {root.name} {what}: the shape may change"
+        )
     for axis, size in enumerate(values.shape, start=-values.ndim):
         if size != 1 and shape[axis] != size:
             raise UnsupportedError(
@@ -204,9 +208,9 @@ def _common(a: Cut, b: Cut) -> Cut | None:
     """Lowest common ancestor; None in different trees."""
     while a.depth != b.depth:
         lower, upper = (a, b) if a.depth > b.depth else (b, a)
-        assert lower.parent is not None  # noqa: S101 - deeper than another cut, so no root
-        lower = lower.jump if lower.jump and lower.jump.depth >= upper.depth else lower.parent
-        a, b = lower, upper
+        far, near = lower.jump, lower.parent
+        assert far is not None and near is not None  # noqa: S101, PT018 - deeper than another cut, so no root
+        a, b = far if far.depth >= upper.depth else near, upper
     while a is not b:
         if a.parent is None or b.parent is None:
             return None

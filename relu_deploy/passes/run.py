@@ -15,8 +15,8 @@ from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.verify import Feed, Verification, compare
 from relu_deploy.report import PassReport, Skip
 
-# A pass may open the way for one before it (a collapsed region leaves a Relu behind an Identity); each round removes nodes or
-# makes them Relu, so rounds end, and real networks need two.
+# A pass may open the way for one before it (a collapsed region leaves a Relu behind an Identity); each round removes
+# nodes or makes them Relu, so rounds end, and real networks need two.
 MAX_ROUNDS = 8
 # Passes that move values and compute none, or compute them by ONNX Runtime itself: not one bit may change.
 _EXACT = ("inline_functions", "fold_constants", "remove_identities", "remove_dead_nodes")
@@ -113,7 +113,8 @@ def _subgraph_report(model: onnx.ModelProto) -> list[PassReport]:
 
 
 def _is_exact(report: PassReport) -> bool:
-    return not report.changed or report.name in _EXACT or (
-        bool(report.notes) and all(is_exact(note) for note in report.notes.values())
+    return (
+        not report.changed
+        or report.name in _EXACT
+        or (bool(report.notes) and all(is_exact(note) for note in report.notes.values()))
     )
-

@@ -28,5 +28,3 @@ def annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
             continue
         tensor.dtype = known.dtype if tensor.dtype is None else tensor.dtype
         tensor.shape = known.shape if tensor.shape is None else tensor.shape
-
-

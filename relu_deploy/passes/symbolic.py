@@ -1,15 +1,15 @@
 """Evaluate a region in real arithmetic, exactly: piecewise-linear coefficients times products of opaque smooth atoms.
 
-``1 * relu(x) + 0 * silu(x)`` becomes ``relu(x)`` because the coefficient of the atom is the zero function, and ``silu(x) +
-(relu(x) - silu(x))`` because the two coefficients cancel: no spelling is known here, only what the primitives mean. What
-floats make of it (0 * inf) is the business of :mod:`relu_deploy.passes.floats`.
+``1 * relu(x) + 0 * silu(x)`` becomes ``relu(x)`` because the coefficient of the atom is the zero function, and
+``silu(x) + (relu(x) - silu(x))`` because the two coefficients cancel: no spelling is known here, only what the
+primitives mean. What floats make of it (0 * inf) is the business of :mod:`relu_deploy.passes.floats`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
@@ -57,7 +57,8 @@ def evaluate(program: Program, constants: Sequence[float]) -> PiecewiseLinear | 
     evaluation = _Evaluation()
     values: list[Value | float] = []
     try:
-        for step in program.steps:
+        for number, step in enumerate(program.steps):
+            evaluation.number = number
             values.append(evaluation.apply(step, [values[index] for index in step.args], constants))
     except NotPiecewiseLinearError:
         return None
@@ -70,6 +71,7 @@ class _Evaluation:
 
     def __init__(self) -> None:
         self._atoms: dict[object, int] = {}
+        self.number = 0  # of the step at hand; equal steps are one step, so one atom
 
     def apply(self, step: Step, args: list[Value | float], constants: Sequence[float]) -> Value | float:
         """Apply one primitive. A float is an infinite constant, which only ``max`` and ``min`` can take."""
@@ -84,11 +86,17 @@ class _Evaluation:
         if len(values) < len(args):
             raise NotPiecewiseLinearError("arithmetic with an infinite constant")
         if step.op == "fn":
-            return self._atom(("fn", step.param, values[0]))
-        operations = {"add": _add, "mul": self._mul, "div": self._div, "select": self._select}
+            return self._opaque()
+        operations: dict[str, Callable[..., Value]] = {
+            "add": _add, "mul": self._mul, "div": self._div, "select": self._select,
+        }  # fmt: skip
         if step.op in operations:
             return operations[step.op](*values)
         return self._compare(step.op, *values)
+
+    def _opaque(self) -> Value:
+        """The value of the current step as an atom: what a runtime computes there once, whatever it is."""
+        return self._atom(self.number)
 
     def _atom(self, key: object) -> Value:
         number = self._atoms.setdefault(key, len(self._atoms))
@@ -96,7 +104,7 @@ class _Evaluation:
 
     def _mul(self, a: Value, b: Value) -> Value:
         if len(a.terms) * len(b.terms) > MAX_TERMS:
-            return self._atom(("mul", frozenset((a, b)), a == b))
+            return self._opaque()
         total = Value(())
         for left, f in a.terms:
             for right, g in b.terms:
@@ -114,19 +122,19 @@ class _Evaluation:
             inverse = divisor.reciprocal() if divisor else None
         except NotPiecewiseLinearError:
             inverse = None
-        return self._mul(a, _pure(inverse) if inverse else self._atom(("div", b)))
+        return self._mul(a, _pure(inverse) if inverse else self._opaque())
 
     def _compare(self, op: str, a: Value, b: Value) -> Value:
         difference = _add(a, _scaled(b, -1)).piecewise_linear
         if difference is None:
-            return self._atom((op, a, b))
+            return self._opaque()
         tests = {"gt": difference.greater, "ge": difference.greater_equal, "eq": difference.equal_zero}
         return _pure(tests[op]())
 
     def _select(self, condition: Value, yes: Value, no: Value) -> Value:
         chosen = condition.piecewise_linear
         if chosen is None or not chosen.is_step:
-            return yes if yes == no else self._atom(("select", condition, yes, no))
+            return yes if yes == no else self._opaque()
         other = _pure(PiecewiseLinear.constant(1).minus(chosen))
         return _add(self._mul(_pure(chosen), yes), self._mul(other, no))
 
@@ -134,17 +142,15 @@ class _Evaluation:
         if isinstance(a, float) or isinstance(b, float):
             return _extreme_of_infinity(op, a, b)
         if _add(a, _scaled(b, -1)).piecewise_linear is None:
-            return a if a == b else self._atom((op, frozenset((a, b))))
+            return a if a == b else self._opaque()
         first, second = (a, b) if op == "max" else (b, a)
         return self._select(self._compare("gt", a, b), first, second)
 
 
 def _extreme_of_infinity(op: str, a: Value | float, b: Value | float) -> Value | float:
-    """``max`` or ``min`` where one side is infinite: one of the two sides."""
+    """``max`` or ``min`` where a side is infinite: one of the two sides."""
     infinite, other = (a, b) if isinstance(a, float) else (b, a)
-    if math.isnan(float(infinite)) if isinstance(infinite, float) else True:
-        raise NotPiecewiseLinearError("a constant is NaN")
-    wins = (infinite > 0) == (op == "max") if isinstance(infinite, float) else False
+    wins = infinite == (math.inf if op == "max" else -math.inf)
     return infinite if wins else other
 
 
