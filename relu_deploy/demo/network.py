@@ -32,7 +32,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the branch to its input."""
-        return x + self.second(self.first(x))
+        branch: Tensor = self.second(self.first(x))
+        return x + branch
 
 
 class SplitStage(nn.Module):

@@ -1,5 +1,6 @@
 """A small training loop: seeded, the same weights every time on one machine's CPU, and stopped by the first loss that is not
-finite."""
+finite.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from typing import Literal
 import onnx
 import torch
 from torch import Tensor
+from torch.jit._trace import TracerWarning
 
 from relu_deploy.errors import ExportError
 from relu_deploy.export.adapter import INNER, Adapter
@@ -51,7 +52,7 @@ def convert(
     with quiet() as told:
         try:
             model = run(adapter, tuple(example), list(names), list(outputs), dynamic, opset_version)
-        except Exception as error:  # noqa: BLE001  # an exporter raises whatever it or the traced model stumbles over
+        except Exception as error:  # an exporter raises whatever it or the traced model stumbles over
             raise ExportError(
                 f"torch's {exporter} exporter failed on {type(adapter.model).__name__}: {_cause(error)}",
                 hint=_advice(error, exporter),
@@ -81,7 +82,7 @@ def quiet() -> Iterator[list[str]]:
             told.extend(
                 str(warning.message).strip().splitlines()[0]
                 for warning in caught
-                if issubclass(warning.category, torch.jit.TracerWarning)
+                if issubclass(warning.category, TracerWarning)
             )
 
 
@@ -133,24 +134,24 @@ def _torchscript(
 def _tidy(model: onnx.ModelProto) -> None:
     """Take out what is of no use to a reader of the file, stack traces with the paths of this machine among it."""
     model.ir_version = min(model.ir_version, _IR_VERSION)
-    _clear(model.graph)
     graphs = [model.graph]
     for node in all_nodes(model.graph):
-        _clear(node)
+        node.doc_string = ""
+        del node.metadata_props[:]
         graphs.extend(attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH)
     for graph in graphs:
-        for message in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-            _clear(message)
-            message.name = _own_name(message.name)
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            value.doc_string, value.name = "", _own_name(value.name)
+            del value.metadata_props[:]
+        for tensor in graph.initializer:
+            tensor.doc_string, tensor.name = "", _own_name(tensor.name)
+            del tensor.metadata_props[:]
         for node in graph.node:
             node.name = _own_name(node.name)
             node.input[:] = [_own_name(name) for name in node.input]
             node.output[:] = [_own_name(name) for name in node.output]
-
-
-def _clear(message: onnx.NodeProto | onnx.GraphProto | onnx.ValueInfoProto | onnx.TensorProto) -> None:
-    message.doc_string = ""
-    del message.metadata_props[:]
 
 
 def _own_name(name: str) -> str:

@@ -28,6 +28,9 @@ from relu_deploy.errors import ExportError
 from relu_deploy.export.convert import quiet
 from relu_deploy.export.specs import DTYPES, InputSpec
 
+# SerializeError is a RuntimeError; the others are what its reader stumbles over.
+_TORCH_ERRORS = (RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError)
+
 _MAX_BYTES = 1 << 32  # of an archive: it is held in memory twice
 _MAX_JSON = 1 << 27
 
@@ -106,8 +109,10 @@ def load_pt2(path: Path) -> Program:
             program = torch.export.load(copy)
             _check_mode(program, path)
             return Program(program)
-    except (RuntimeError, AssertionError, ValueError, KeyError, TypeError, AttributeError, torch._export.serde.serialize.SerializeError) as error:  # noqa: SLF001, E501
-        raise ExportError(f"torch cannot read {path}: {(str(error).splitlines() or ['no reason given'])[0][:300]}") from error
+    except _TORCH_ERRORS as error:
+        raise ExportError(
+            f"torch cannot read {path}: {(str(error).splitlines() or ['no reason given'])[0][:300]}"
+        ) from error
 
 
 def _read_parts(path: Path) -> dict[str, bytes]:
@@ -116,7 +121,9 @@ def _read_parts(path: Path) -> dict[str, bytes]:
         raise FileError(f"cannot read {path}: it {'is a folder' if path.is_dir() else 'does not exist'}")
     size = path.stat().st_size
     if size > _MAX_BYTES:
-        raise ExportError(f"{path} is larger than {_MAX_BYTES >> 30} GiB", hint="export from module:factory and --weights")
+        raise ExportError(
+            f"{path} is larger than {_MAX_BYTES >> 30} GiB", hint="export from module:factory and --weights"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -130,7 +137,10 @@ def _read_parts(path: Path) -> dict[str, bytes]:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     for name in (_MODEL, *_CONFIGS):
         if name not in parts:
-            raise ExportError(f"{path} has no {name}", hint="save it with torch.export.save of torch 2.8 or newer")
+            raise ExportError(
+                f"{path} has no {name}: it is cut short, or not an archive of torch.export.save",
+                hint="copy it again, or save it with torch 2.8 or newer",
+            )
         if len(parts[name]) > _MAX_JSON:
             raise ExportError(f"{path}: {name} is larger than {_MAX_JSON >> 20} MiB, which no network's description is")
     for name in parts:
@@ -148,7 +158,8 @@ def _check_payload(config: dict[str, Any], parts: dict[str, bytes], path: Path) 
     for name, meta in config["config"].items():
         if meta["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", meta["path_name"]):
             raise ExportError(
-                f"{path}: {name!r} is stored as a pickled object, which is not loaded", hint="export a model of plain tensors"
+                f"{path}: {name!r} is stored as a pickled object, which is not loaded",
+                hint="export a model of plain tensors",
             )
         stored = next(len(data) for entry, data in parts.items() if entry.endswith(f"/{meta['path_name']}"))
         if not stored and math.prod(size["as_int"] for size in meta["tensor_meta"]["sizes"]):

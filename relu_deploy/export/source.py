@@ -88,7 +88,7 @@ def _call(spec: str) -> nn.Module:
             made = made()
         except ToolkitError:
             raise
-        except Exception as error:  # noqa: BLE001  # the user's function may raise anything; it is their mistake to mend
+        except Exception as error:  # the user's function may raise anything; it is their mistake to mend
             raise ExportError(
                 f"{spec} failed: {type(error).__name__}: {error}", hint="it is called without arguments"
             ) from error
@@ -108,7 +108,7 @@ def _import_module(name: str) -> ModuleType:
         if name == missing or name.startswith(f"{missing}."):
             raise ExportError(f"there is no module {name!r}", hint=f"write {_FORMS}") from error
         raise ExportError(f"{name} needs the module {missing!r}, which is not installed") from error
-    except Exception as error:  # noqa: BLE001  # whatever the user's module raises while it is imported
+    except Exception as error:  # whatever the user's module raises while it is imported
         raise ExportError(f"importing {name} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
@@ -128,7 +128,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their own module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  # whatever the user's file raises while it runs
+    except Exception as error:  # whatever the user's file raises while it runs
         del sys.modules[spec.name]
         raise ExportError(f"running {path} failed: {type(error).__name__}: {error}") from error
     finally:

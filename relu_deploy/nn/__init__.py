@@ -1,1 +1,1 @@
-"""The torch side: blends of an activation with ReLU, and the swap that puts them into a model. Needs the ``torch`` extra."""
+"""The torch side: blends of an activation with ReLU, and the swap that puts them into a model. Needs torch."""

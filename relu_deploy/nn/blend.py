@@ -1,4 +1,4 @@
-"""The blend that walks a smooth activation over to ReLU: SAT and PEA-weighted are one module seen from its two sides."""
+"""The blend that walks a smooth activation over to ReLU: SAT and PEA-weighted are its two sides."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from relu_deploy.errors import TrainingError
 class Blend(nn.Module):
     """``gamma act(x) + (1 - gamma) max(0, x)``, elementwise; input and output have one shape and dtype.
 
-    ``gamma`` is a buffer: it moves with the model, is saved in its ``state_dict``, takes no gradient, and is exported as it
-    stands. At 1 the module is the original activation, at 0 it is ReLU; what export leaves behind at 0 (a product with zero
-    and a sum) is the residue that the graph passes collapse.
+    ``gamma`` is a buffer: it moves with the model, is saved in its ``state_dict``, takes no gradient, and is exported
+    as it stands. At 1 the module is the original activation, at 0 it is ReLU; what export leaves behind at 0 (a product
+    with zero and a sum) is the residue that the graph passes collapse.
 
     Args:
         act: The activation to start from; kept as a submodule, so its own parameters train and are saved.
@@ -25,8 +25,8 @@ class Blend(nn.Module):
     Raises:
         TrainingError: ``gamma`` is outside [0, 1] or not finite.
 
-    Source: SAT, "ReLU for inference acceleration", eq. 6 (gamma 1 -> 0 in steps of 0.1); PEA, weighted form, whose alpha
-    (0 -> 1) is ``1 - gamma``.
+    Source: SAT, "ReLU for inference acceleration", eq. 6 (gamma 1 -> 0 in steps of 0.1); PEA, weighted form, whose
+    alpha (0 -> 1) is ``1 - gamma``.
 
     >>> blend = Blend(nn.SiLU(), gamma=0.0)
     >>> blend(torch.tensor([-2.0, 3.0])).tolist()
@@ -43,7 +43,8 @@ class Blend(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Blend; the weight is cast to the dtype of ``x``, so that half precision stays half precision."""
         gamma = self.gamma.to(x.dtype)
-        return gamma * self.act(x) + (1 - gamma) * F.relu(x)
+        smooth: Tensor = self.act(x)
+        return gamma * smooth + (1 - gamma) * F.relu(x)
 
     @property
     def alpha(self) -> float:

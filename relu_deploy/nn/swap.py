@@ -85,8 +85,8 @@ def replace_activations(
         The copy, in the training mode of ``model``, and the report.
 
     Raises:
-        TrainingError: a pattern of ``keep`` matches no module, so it is probably misspelled; or ``new`` is a class of torch
-            that would take the old activation for one of its options.
+        TrainingError: a pattern of ``keep`` matches no module, so it is probably misspelled; or ``new`` is a class of
+            torch that would take the old activation for one of its options.
 
     >>> student, report = replace_activations(nn.Sequential(nn.Linear(2, 2), nn.SiLU(), nn.Sigmoid()), relu)
     >>> student[1], [skip.name for skip in report.left]

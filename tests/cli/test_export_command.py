@@ -65,7 +65,11 @@ def test_exports_with_weights_and_tells_as_json(folder):
         (["{}/no.pt2"], 2, "does not exist"),
         (["{}/net.py:net", "--input", "x=1x4", "--weights", "{}/net.py"], 2, "not a weights file"),
         (["{}/net.py:net", "--input", "x=1x4", "--opset", "5"], 2, "cannot write opset 5"),
-        (["{}/net.py:Branch", "--input", "x=2x4", "--exporter", "torchscript"], 1, "output 'output' of the exported file differs"),
+        (
+            ["{}/net.py:Branch", "--input", "x=2x4", "--exporter", "torchscript"],
+            1,
+            "output 'output' of the exported file differs",
+        ),
     ],
 )
 def test_bad_calls_end_with_a_message_and_no_file(folder, arguments, code, message):

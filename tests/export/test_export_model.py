@@ -25,7 +25,9 @@ EXPORTERS = pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 
 def convolutional():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.SiLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(216, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.SiLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(216, 4)
+    )
     model(torch.randn(32, 3, 8, 8) * 3 + 1)  # moves BatchNorm's statistics, so that training and evaluation differ
     return model
 
@@ -142,7 +144,9 @@ X = InputSpec("x", (2, 4))
 
 
 def test_a_branch_that_tracing_fixed_is_refused(tmp_path):
-    error = refused(tmp_path, CheckFailedError, "output 'output'.*differs.*worst error", Branch(), [X], exporter="torchscript")
+    error = refused(
+        tmp_path, CheckFailedError, "output 'output'.*differs.*worst error", Branch(), [X], exporter="torchscript"
+    )
     assert error.exit_code == 1
     assert "the exporter had warned" in (error.hint or "")
 
@@ -154,12 +158,25 @@ def test_a_branch_that_dynamo_cannot_take_is_told_with_the_fix(tmp_path):
 
 @EXPORTERS
 def test_random_numbers_are_refused(tmp_path, exporter):
-    refused(tmp_path, CheckFailedError, "output 'output' of the model changes from run to run", Noise(), [X], exporter=exporter)
+    refused(
+        tmp_path,
+        CheckFailedError,
+        "output 'output' of the model changes from run to run",
+        Noise(),
+        [X],
+        exporter=exporter,
+    )
 
 
 def test_a_size_that_tracing_fixed_is_refused(tmp_path):
     refused(
-        tmp_path, CheckFailedError, "output 'output'|does not run", FixedSize(), [IMAGE], dynamic=[BATCH], exporter="torchscript"
+        tmp_path,
+        CheckFailedError,
+        "output 'output'|does not run",
+        FixedSize(),
+        [IMAGE],
+        dynamic=[BATCH],
+        exporter="torchscript",
     )
 
 

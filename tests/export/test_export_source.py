@@ -15,7 +15,7 @@ from relu_deploy.export.weights import load_weights, read_state  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-FILE = '''
+FILE = """
 from __future__ import annotations
 import dataclasses
 from torch import nn
@@ -30,7 +30,7 @@ def number(): return 5
 def broken(): raise KeyError("inside")
 def needs(width): return nn.Linear(width, 2)
 made = nn.Linear(3, 2)
-'''
+"""
 
 
 @pytest.fixture

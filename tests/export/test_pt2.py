@@ -167,9 +167,7 @@ def test_code_in_dropped_parts_is_not_run(tmp_path, archive, attack):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(
-    "attack", [in_a_size, in_a_name, in_a_target, in_a_file_operator, in_a_tree, in_a_tree_enum]
-)
+@pytest.mark.parametrize("attack", [in_a_size, in_a_name, in_a_target, in_a_file_operator, in_a_tree, in_a_tree_enum])
 def test_code_elsewhere_is_refused(tmp_path, archive, attack):
     mark = tmp_path / "ran"
     path = rewritten(archive[0], tmp_path / "m.pt2", replace={"models/model.json": edit(lambda p: attack(p, mark))})

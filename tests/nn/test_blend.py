@@ -64,7 +64,11 @@ def test_set_gamma_reaches_every_blend():
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, float("nan"), float("inf")])
 def test_gamma_outside_the_unit_interval_is_refused(gamma):
     blend = Blend(nn.SiLU(), gamma=0.5)
-    for call in (lambda: Blend(nn.SiLU(), gamma=gamma), lambda: set_gamma(blend, gamma), lambda: blend.set_alpha(gamma)):
+    for call in (
+        lambda: Blend(nn.SiLU(), gamma=gamma),
+        lambda: set_gamma(blend, gamma),
+        lambda: blend.set_alpha(gamma),
+    ):
         with pytest.raises(TrainingError, match=r"must lie in \[0, 1\]"):
             call()
     assert float(blend.gamma) == 0.5
