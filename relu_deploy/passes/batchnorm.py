@@ -99,8 +99,9 @@ def _folded(producer: gs.Node, norm: _Norm) -> dict[int, np.ndarray]:
         raise _RefusedError(f"the weight before it is of type {weight.dtype}")
     alpha_bias = _gemm_bias(producer, bias, norm) if producer.op == "Gemm" else np.asarray(bias, dtype=np.float64)
     beta = float(producer.attrs.get("beta", 1.0)) if producer.op == "Gemm" else 1.0
-    new_weight = _scaled_weight(producer, np.asarray(weight, dtype=np.float64), norm.factor).astype(weight.dtype)
-    new_bias = (norm.factor * alpha_bias + norm.offset / beta).astype(weight.dtype)
+    with np.errstate(over="ignore"):  # looked at right below
+        new_weight = _scaled_weight(producer, np.asarray(weight, dtype=np.float64), norm.factor).astype(weight.dtype)
+        new_bias = (norm.factor * alpha_bias + norm.offset / beta).astype(weight.dtype)
     if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):
         raise _RefusedError(f"the folded weights do not fit into {weight.dtype}")
     return {1: new_weight, 2: new_bias}

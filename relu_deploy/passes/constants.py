@@ -70,6 +70,8 @@ def _value_of(node: gs.Node, graph: gs.Graph) -> Any:
         return _constant_node(node)
     if node.op == "Shape":
         return _static_shape(node)
+    if node.op == "CastLike":
+        return _cast_like(node)
     if not node.inputs or not all(t.is_empty() or isinstance(t, gs.Constant) for t in node.inputs):
         return None
     return _compute(node, graph)
@@ -95,6 +97,15 @@ def _static_shape(node: gs.Node) -> np.ndarray | None:
         return None  # graphsurgeon writes an unknown shape of an untyped tensor as ()
     start, end = node.attrs.get("start", 0), node.attrs.get("end", len(shape))
     return np.array(list(shape)[start:end], dtype=np.int64)
+
+
+def _cast_like(node: gs.Node) -> np.ndarray | None:
+    """A constant in the type of a live tensor, of which only the type is needed; between floats of numpy."""
+    value, like = node.inputs[0], node.inputs[1].dtype
+    if not isinstance(value, gs.Constant) or like is None or isinstance(like, int):
+        return None
+    values = np.asarray(value.values)
+    return values.astype(like) if values.dtype.kind == np.dtype(like).kind == "f" else None
 
 
 def _compute(node: gs.Node, graph: gs.Graph) -> np.ndarray | None:

@@ -210,14 +210,13 @@ def _common(a: Cut, b: Cut) -> Cut | None:
         lower, upper = (a, b) if a.depth > b.depth else (b, a)
         far, near = lower.jump, lower.parent
         assert far is not None and near is not None  # noqa: S101, PT018 - deeper than another cut, so no root
-        a, b = far if far.depth >= upper.depth else near, upper
+        step: Cut = far if far.depth >= upper.depth else near
+        a, b = step, upper
     while a is not b:
-        if a.parent is None or b.parent is None:
+        above = (a.parent, b.parent) if a.jump is b.jump else (a.jump, b.jump)
+        if above[0] is None or above[1] is None:
             return None
-        if a.jump is not None and b.jump is not None and a.jump is not b.jump:
-            a, b = a.jump, b.jump
-        else:
-            a, b = a.parent, b.parent
+        a, b = above
     return a
 
 

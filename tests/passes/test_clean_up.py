@@ -13,7 +13,9 @@ from relu_deploy.passes.shapes import annotate
 from relu_deploy.report import PassReport
 
 
-def network(nodes, tensors, *, inputs=(("x", (2, 4, 5, 5)),), outputs=("y",), opset=17, kind=np.float32) -> onnx.ModelProto:
+def network(
+    nodes, tensors, *, inputs=(("x", (2, 4, 5, 5)),), outputs=("y",), opset=17, kind=np.float32
+) -> onnx.ModelProto:
     random = np.random.default_rng(0)
     given = [
         onnx.numpy_helper.from_array(
@@ -36,7 +38,9 @@ def network(nodes, tensors, *, inputs=(("x", (2, 4, 5, 5)),), outputs=("y",), op
 
 
 def node(op, inputs, output="y", **attributes):
-    return onnx.helper.make_node(op, inputs, [output] if isinstance(output, str) else output, name=op.lower(), **attributes)
+    return onnx.helper.make_node(
+        op, inputs, [output] if isinstance(output, str) else output, name=op.lower(), **attributes
+    )
 
 
 BN = ["scale", "shift", "mean", "var"]
@@ -67,7 +71,11 @@ def test_batchnorm_folds_into_every_layer(layer):
 
 
 def test_shared_weights_are_copied():
-    nodes = [node("Conv", ["x", "w"], "k"), node("BatchNormalization", ["k", *BN]), onnx.helper.make_node("Conv", ["x", "w"], ["v"])]
+    nodes = [
+        node("Conv", ["x", "w"], "k"),
+        node("BatchNormalization", ["k", *BN]),
+        onnx.helper.make_node("Conv", ["x", "w"], ["v"]),
+    ]
     before = network(nodes, {"w": (6, 4, 3, 3), **STATISTICS}, outputs=("y", "v"))
     after, report = rewrite(before)
     assert report.passes[2].changed == ("batchnormalization",)

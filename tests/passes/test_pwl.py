@@ -70,7 +70,9 @@ def test_strict_and_weak_comparison_differ_in_one_point():
     assert x.greater().times(x) == x.greater_equal().times(x)
 
 
-@pytest.mark.parametrize(("center", "limit", "same"), [(100, 50, True), (100, 99, False), (100, 98, True), (-3, 2, True)])
+@pytest.mark.parametrize(
+    ("center", "limit", "same"), [(100, 50, True), (100, 99, False), (100, 98, True), (-3, 2, True)]
+)
 def test_equality_on_a_domain_sees_the_edge(center, limit, same):
     x = X[0]
     spike = PiecewiseLinear.constant(1).minus(x.plus(PiecewiseLinear.constant(-center)).maximum(
