@@ -82,7 +82,7 @@ def check_model(model: onnx.ModelProto, source: Path | str) -> None:
     # The checker knows only the standard operators; a graph with others is checked as far as they allow.
     foreign = any(node.domain not in (*STANDARD_DOMAINS, "ai.onnx.ml") for node in all_nodes(model.graph))
     try:
-        if model.ByteSize() <= PROTOBUF_LIMIT:
+        if tensor_bytes(model) < PROTOBUF_LIMIT - (1 << 24):
             onnx.checker.check_model(model, full_check=not foreign)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         first = str(error).strip().splitlines()[0]
@@ -141,7 +141,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
         FileError: ``path`` cannot be written.
     """
     check_writable(path)
-    if _tensor_bytes(model) < PROTOBUF_LIMIT - (1 << 24):
+    if tensor_bytes(model) < PROTOBUF_LIMIT - (1 << 24):
         with atomic_path(path) as temporary:
             temporary.write_bytes(model.SerializeToString(deterministic=True))
         return
@@ -215,7 +215,7 @@ def count_ops(model: onnx.ModelProto) -> dict[str, int]:
     return counts
 
 
-def _tensor_bytes(model: onnx.ModelProto) -> int:
+def tensor_bytes(model: onnx.ModelProto) -> int:
     """Bytes of all tensors; a lower bound of the file size that does not serialise anything."""
     return sum(
         len(t.raw_data) or t.ByteSize()

@@ -15,7 +15,7 @@ import onnx
 
 from relu_deploy.engines.audit import Audit
 from relu_deploy.errors import DataError, EngineError
-from relu_deploy.graph import PROTOBUF_LIMIT
+from relu_deploy.graph import PROTOBUF_LIMIT, tensor_bytes
 
 Target = Literal["ort", "tensorrt-rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("ort", "tensorrt-rtx", "tensorrt")
@@ -110,7 +110,7 @@ class BuildReport:
         sm: Compute capabilities it was compiled for; empty for ``ort``.
         versions: Package name -> version, of everything that took part.
         model_sha256: Fingerprint of the network (:func:`relu_deploy.engines.manifest.fingerprint`).
-        model_bytes: Size of the network with its weights.
+        model_bytes: Size of the network's stored tensors.
         engine_bytes: Size of the engine, with external data where it has some.
         build_seconds: Wall time of the compiler.
         inputs: What the engine takes.
@@ -254,7 +254,7 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, npt.NDArray[A
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with shapes where onnx can tell them, as far as it is small enough to be serialised for that."""
-    if model.ByteSize() > PROTOBUF_LIMIT:
+    if tensor_bytes(model) > PROTOBUF_LIMIT - (1 << 24):
         return model
     try:
         return onnx.shape_inference.infer_shapes(model)

@@ -15,7 +15,7 @@ from relu_deploy.engines.audit import Audit, disagreements
 from relu_deploy.engines.base import BuildConfig, BuildReport, model_io
 from relu_deploy.engines.manifest import data_path, fingerprint, manifest_path, write_manifest
 from relu_deploy.errors import CheckFailedError
-from relu_deploy.graph import PROTOBUF_LIMIT, load_model, name_nodes, save_model
+from relu_deploy.graph import PROTOBUF_LIMIT, load_model, name_nodes, save_model, tensor_bytes
 
 # Turns a model (its bytes, or a file when it is too large for one protobuf) into an engine at a path.
 Compile = Callable[["bytes | Path", Path], Audit]
@@ -63,7 +63,7 @@ def build_engine(
             sm=config.sm if config.target == "tensorrt-rtx" else (),
             versions=versions,
             model_sha256=fingerprint(loaded),
-            model_bytes=loaded.ByteSize(),
+            model_bytes=tensor_bytes(loaded),
             engine_bytes=sum(path.stat().st_size for path in parts),
             build_seconds=round(seconds, 3),
             inputs=inputs,
@@ -101,7 +101,7 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
 @contextlib.contextmanager
 def _source(model: onnx.ModelProto, folder: Path) -> Iterator[bytes | Path]:
     """The model as bytes; as a file with external data when it is too large for one protobuf."""
-    if model.ByteSize() < PROTOBUF_LIMIT - (1 << 24):
+    if tensor_bytes(model) < PROTOBUF_LIMIT - (1 << 24):
         yield model.SerializeToString()
         return
     with tempfile.TemporaryDirectory(dir=folder, prefix="source.") as inner:

@@ -7,7 +7,7 @@ from relu_deploy.engines.log import read_log
 
 ENTRY = (
     "Name: conv 1_myl0_3, LayerType: correlation, "
-    "Inputs: [ { Name: a, Dimensions: [1,8,-1,4], Strides: [8,1], StrideOrder: [3,0], Datatype: Int8, Format: (NHWC) x }], "
+    "Inputs: [ { Name: a, Dimensions: [1,8,-1,4], Strides: [8,1], StrideOrder: [3,0], Datatype: Int8, Format: x }], "
     "Constants: [ { Name: w, Dimensions: [4,8,1,1], Strides: [8,1], StrideOrder: [3,0], Datatype: Int8, Format: x }, "
     "{ Name: __mye1_const-lit-in_myl0, Dimensions: [1], Strides: [1], StrideOrder: [0], Datatype: Float, Format: y }], "
     "Outputs: [ { Name: b, Dimensions: [1,4,8,4], Strides: [8,1], StrideOrder: [3,0], Datatype: Half, Format: z }], "

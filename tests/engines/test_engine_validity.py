@@ -54,7 +54,7 @@ def test_one_plan_for_three_cards(stack: Stack, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "relu", "output"),
     [
-        # One scale for all weights of a layer lets the compiler fuse bias and ReLU and write the graph's own float type;
+        # One scale for all weights of a layer lets the compiler fuse bias and ReLU and write the graph's own type;
         # a scale for each channel does not: it writes fp32 and runs a second kernel.
         ({"half": True}, True, "fp16"),
         ({"half": True, "per_channel_weights": True}, False, "fp32"),

@@ -11,6 +11,7 @@ from relu_deploy.engines.plan import read_plan
 from relu_deploy.engines.trt_audit import audit_engine
 
 FLAGS = "relu=true gelu=false tanh=false sigmoid=false gelu_erf=false swish=false leaky_relu=false bias=true"
+INPUT = 'input={"x.1" "w{0}" "literal" }'
 LAYERS = "[ONNX Layer: f\u00fc]\x1e[ONNX Layer: act]"
 ARGUMENTS = 'input_args={ "left^deref" "left^deref" } output_args={ "right^deref" }'
 PLAN = (
@@ -31,7 +32,7 @@ descriptors {{
 main {{
  label bb1:
   wait={{ name="w" stream=0 event=1 layers="" }}
-  fully_connected={{ name="f\u00fc" output={{"left^deref" }} input={{"x.1" "w{{0}}" "literal" }} {FLAGS} layers="{LAYERS}" }}
+  fully_connected={{ name="f\u00fc" output={{"left^deref" }} {INPUT} {FLAGS} layers="{LAYERS}" }}
   function={{ name=__myl_AddSigm {ARGUMENTS} layers="[ONNX Layer: s]" }}
   this line is none of ours
 }}
