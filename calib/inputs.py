@@ -109,7 +109,8 @@ def _spec(value: onnx.ValueInfoProto) -> InputSpec:
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     if not tensor.HasField("shape"):
         return InputSpec(value.name, dtype, None)
-    return InputSpec(value.name, dtype, tuple(dim.dim_value or None for dim in tensor.shape.dim))
+    # Some exporters write -1 for an axis that is dynamic.
+    return InputSpec(value.name, dtype, tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim))
 
 
 def split_samples(columns: Mapping[str, Column], specs: Iterable[InputSpec], origin: str) -> Iterator[Sample]:

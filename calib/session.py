@@ -23,7 +23,7 @@ _ERRORS = (
     ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
 )  # fmt: skip
 _AT_NODE = re.compile(r"running (?P<op>\S+) node\. Name:'(?P<name>[^']*)' Status Message: (?P<why>.*)", re.DOTALL)
-# "/src/file.h:91 void f(int) a == b was false. What a person can read"
+# Of a failed check the runtime gives source file, line and C++ signature before what a person can read.
 _CXX = re.compile(r"^\S+:\d+ .*? was false\.\s*", re.DOTALL)
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 

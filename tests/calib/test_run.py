@@ -259,6 +259,13 @@ def test_nothing_to_measure_and_bad_options():
         measure(model, list)
 
 
+def test_a_batch_axis_of_minus_one_is_dynamic():
+    model = parse("g (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    assert model_inputs(model)[0].shape == (None, 2)
+    assert measure(model, np.ones((3, 2), np.float32), batch_size=2).samples == 3
+
+
 def test_max_samples_and_progress():
     model = parse("g (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
     data = np.arange(20, dtype=np.float32).reshape(10, 2)
