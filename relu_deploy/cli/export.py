@@ -50,10 +50,10 @@ def command(
     seed: int,
     json_path: str | None,
 ) -> None:
-    """Export a torch MODEL to ONNX, and write it only when ONNX Runtime computes what torch computes.
+    r"""Export a torch MODEL to ONNX, and write it only when ONNX Runtime computes what torch computes.
 
-    MODEL is module:factory or path/to/file.py:factory (called without arguments; your code is run), or a .pt2 archive of
-    torch.export.save. Weights and archives are read as data: what needs pickle to run code is refused.
+    MODEL is module:factory or path/to/file.py:factory (called without arguments; your code is run), or a .pt2 archive
+    of torch.export.save. Weights and archives are read as data: what needs pickle to run code is refused.
 
     \b
     Example, after relu-deploy demo:

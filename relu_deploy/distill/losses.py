@@ -16,9 +16,9 @@ def hard_label_distillation(student: Tensor, teacher: Tensor, labels: Tensor) ->
 
     ``L = 1/2 CE(psi(Z_s), y) + 1/2 CE(psi(Z_s), y_t)`` with ``y_t = argmax_c Z_t``.
 
-    Equation 3 of the paper prints ``psi(Z_t)`` in the second term. That term would not depend on the student, so it would
-    teach it nothing; Touvron et al. 2021 (arXiv:2012.12877, eq. 3), from whom the paper takes the loss, have the student
-    there, and so do we.
+    Equation 3 of the paper prints ``psi(Z_t)`` in the second term. That term would not depend on the student, so it
+    would teach it nothing; Touvron et al. 2021 (arXiv:2012.12877, eq. 3), from whom the paper takes the loss, have the
+    student there, and so do we.
 
     Args:
         student: Logits, float, shape ``(N, classes)``.
@@ -41,7 +41,7 @@ def hard_label_distillation(student: Tensor, teacher: Tensor, labels: Tensor) ->
 
 
 def channel_wise_distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence between the teacher's and the student's feature maps, each channel a distribution over its positions.
+    """KL divergence of feature maps, each channel taken as a distribution over its positions.
 
     ``L = 1/C sum_c sum_i psi(f_t)_ci log(psi(f_t)_ci / psi(f_s)_ci)``, psi the softmax over the W*H positions i.
 
@@ -89,7 +89,7 @@ def kl_on_logits(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL over the last axis, from log-probabilities on both sides, so that no logarithm of an underflowed zero is taken."""
+    """KL over the last axis, from log-probabilities on both sides: no logarithm of an underflowed zero is taken."""
     log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher.detach(), dim=-1)
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=-1)
 
@@ -97,6 +97,6 @@ def _kl(student: Tensor, teacher: Tensor) -> Tensor:
 def _check_shapes(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise TrainingError(
-            f"student and teacher must have outputs of one shape, not {tuple(student.shape)} and {tuple(teacher.shape)}",
+            f"student and teacher need outputs of one shape, not {tuple(student.shape)} and {tuple(teacher.shape)}",
             hint="is the teacher the network that the student was made from?",
         )

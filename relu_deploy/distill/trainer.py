@@ -1,6 +1,4 @@
-"""A small training loop: seeded, the same weights every time on one machine's CPU, and stopped by the first loss that is not
-finite.
-"""
+"""A small training loop: seeded, repeatable on one machine's CPU, stopped by the first loss that is not finite."""
 
 from __future__ import annotations
 
@@ -27,7 +25,8 @@ class TrainConfig:
 
     Attributes:
         epochs: Passes over the data.
-        batch_size: Samples a step; the last, smaller batch of an epoch is left out (shuffling makes it another one each time).
+        batch_size: Samples a step; the last, smaller batch of an epoch is left out (shuffling makes it another one
+            each time).
         learning_rate: Peak of the one-cycle schedule (a warm-up, then down to nearly 0).
         weight_decay: Of AdamW.
         seed: Decides the order of the samples, and whatever random numbers the model draws (dropout).
@@ -134,7 +133,7 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: in
     model.eval()
     right = 0
     with torch.no_grad():
-        for images, truth in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
+        for images, truth in zip(torch.split(inputs, batch_size), torch.split(labels, batch_size), strict=True):
             right += int((model(images).argmax(dim=-1) == truth).sum())
     return right / len(inputs)
 

@@ -1,7 +1,7 @@
 """A torch model to an ONNX file that was shown to compute the same. Needs the ``torch`` extra (imported when used).
 
-``specs`` says what the inputs are, ``source`` finds the model (``weights`` and ``pt2`` read untrusted files), ``convert``
-runs torch's exporters, ``compare`` holds torch against ONNX Runtime, ``run`` puts them together.
+``specs`` says what the inputs are, ``source`` finds the model (``weights`` and ``pt2`` read untrusted files),
+``convert`` runs torch's exporters, ``compare`` holds torch against ONNX Runtime, ``run`` puts them together.
 """
 
 from __future__ import annotations

@@ -52,11 +52,11 @@ class Outputs:
 
 
 def adapt(model: nn.Module, names: Sequence[str]) -> Adapter:
-    """Decide how inputs of these names reach ``model.forward``: by keyword where all are its parameters, else by position.
+    """Pass inputs to ``model.forward`` by keyword where all their names are its parameters, else by position.
 
     Raises:
-        ExportError: a parameter without default gets no input, there are more inputs than parameters, or a name is that of a
-            parameter at another position.
+        ExportError: a parameter without default gets no input, there are more inputs than parameters, or a name is
+            that of a parameter at another position.
     """
     parameters = _parameters(model)
     if parameters is None:
@@ -76,7 +76,8 @@ def adapt(model: nn.Module, names: Sequence[str]) -> Adapter:
     for position, name in enumerate(names):
         if not by_name and name in known and known.index(name) != position:
             raise ExportError(
-                f"input {name!r} is number {position + 1} of the inputs and number {known.index(name) + 1} of {title}.forward",
+                f"input {name!r} is number {position + 1} of the inputs and number {known.index(name) + 1} of "
+                f"{title}.forward",
                 hint=f"name all inputs as forward does: {', '.join(known)}",
             )
     return Adapter(model, names if by_name else None)
@@ -103,7 +104,7 @@ def describe_outputs(result: Any, taken: Sequence[str]) -> Outputs:
             dropped.append(f"{name or 'the result'} = {leaf!r}")
         elif leaf is not None:
             raise ExportError(
-                f"the model returns a {type(leaf).__name__}, which is neither a tensor nor a tuple, list or dict of tensors",
+                f"the model returns a {type(leaf).__name__}, neither a tensor nor a tuple, list or dict of tensors",
                 hint="return tensors, or register the class with torch.utils._pytree.register_dataclass",
             )
     if not names:
@@ -113,7 +114,7 @@ def describe_outputs(result: Any, taken: Sequence[str]) -> Outputs:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, then every module as it was: BatchNorm and dropout of training must not be exported."""
+    """Evaluation mode for a while, then every module as it was: BatchNorm of training must not be exported."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

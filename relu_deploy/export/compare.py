@@ -28,8 +28,8 @@ _ORT_ERRORS = (
 
 Array = npt.NDArray[Any]
 
-# Relative to the largest magnitude of an output. Both runtimes compute in the output's format but sum in another order, so the
-# error is some hundred units in the last place: 2^-24 for float32, 2^-11 for float16, 2^-53 for float64.
+# Relative to the largest magnitude of an output. Both runtimes compute in the output's format but sum in another
+# order, so the error is some hundred units in the last place: 2^-24 for float32, 2^-11 for float16, 2^-53 for float64.
 _RTOL = {"float32": 1e-4, "float16": 2e-2, "float64": 1e-8}
 # For outputs that are zero but for rounding: what the sum of a few terms near 1 is off by.
 _ATOL = {"float32": 1e-6, "float16": 1e-3, "float64": 1e-12}
@@ -104,7 +104,7 @@ class Comparison:
         for name, first, second in zip(self._outputs, self._torch(sample), self._torch(sample), strict=True):
             if first.shape != second.shape or not np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
                 raise CheckFailedError(
-                    f"output {name!r} of the model changes from run to run on the same input, so no file can agree with it",
+                    f"output {name!r} of the model changes from run to run on one input, so no file can agree with it",
                     hint="look for random numbers, or dropout called with training=True, in its forward",
                 )
 
@@ -117,7 +117,7 @@ class Comparison:
         for name in self._outputs:
             if name not in self._seen_finite:
                 raise CheckFailedError(
-                    f"output {name!r} holds only NaN, Inf or nothing for every input tried, so it could not be compared",
+                    f"output {name!r} holds only NaN, Inf or nothing for every input tried: it could not be compared",
                     hint="give the inputs a range the model expects: --input NAME=SHAPE:float32:0..1",
                 )
         return tuple(self._checks[name] for name in self._outputs)
@@ -148,7 +148,7 @@ class Comparison:
 
     def _error(self, ours: Array, theirs: Array, dtype: np.dtype[Any]) -> tuple[float, float]:
         """Worst error and its limit, over the places where torch is finite."""
-        exact = dtype.kind not in "f"
+        exact = dtype.kind != "f"
         rtol = 0.0 if exact else (_RTOL[dtype.name] if self._rtol is None else self._rtol)
         atol = 0.0 if exact else (_ATOL[dtype.name] if self._atol is None else self._atol)
         if theirs.size == 0:
@@ -181,7 +181,7 @@ def run_torch(reference: Callable[..., Any], sample: Sample) -> Any:
     except (RuntimeError, IndexError, ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
         raise ExportError(
             f"the torch model itself fails at {sample.title}: {type(error).__name__}: {_first_line(error)}",
-            hint="check the shapes and dtypes of --input and the sizes of --dynamic; integers take a range, NAME=1x16:int64:0..99",
+            hint="check --input and --dynamic; integers take a range, NAME=1x16:int64:0..99",
         ) from error
 
 

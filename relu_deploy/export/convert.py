@@ -94,7 +94,8 @@ def _dynamo(
     dynamic: Sequence[DynamicAxis],
     opset_version: int,
 ) -> onnx.ModelProto:
-    # torch.onnx.export would capture the program itself, but it answers a refused dynamic axis by quietly fixing its size.
+    # torch.onnx.export would capture the program itself, but it answers a refused dynamic axis by quietly fixing its
+    # size.
     axes: list[dict[int, object]] = [{} for _ in names]
     for axis in dynamic:
         # A hint and not a named Dim: axes that must agree (two inputs of one batch) are found instead of refused.
@@ -214,6 +215,8 @@ def _advice(error: BaseException, exporter: Exporter) -> str:
     if "data-dependent" in text:
         return "the model branches on the values of a tensor: use torch.where or torch.cond"
     if "marked" in text and "dynamic" in text.lower():
-        return "the model's code fixes a size that --dynamic asks to vary: use x.shape[0] or x.flatten(1), or drop --dynamic"
+        return (
+            "the model's code fixes a size that --dynamic lets vary: use x.shape[0] or x.flatten(1), or drop --dynamic"
+        )
     other = "torchscript" if exporter == "dynamo" else "dynamo"
     return f"--exporter {other} may take what this one does not"

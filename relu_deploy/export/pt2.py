@@ -1,9 +1,10 @@
 """``.pt2`` archives, read without running anything that is stored in them.
 
-``torch.export.load`` executes what an archive brings in several ways: pickled weights, constants and example inputs; compiled
-libraries; ``guards_code``, which becomes a Python function; sizes, which sympy evaluates as Python; names, which are pasted
-into generated source; and targets, which may be any attribute of torch. So the archive is first taken apart as zip and JSON,
-held against what an exported network needs, and put together again from those parts alone; torch reads the copy.
+``torch.export.load`` executes what an archive brings in several ways: pickled weights, constants and example inputs;
+compiled libraries; ``guards_code``, which becomes a Python function; sizes, which sympy evaluates as Python; names,
+which are pasted into generated source; and targets, which may be any attribute of torch. So the archive is first taken
+apart as zip and JSON, held against what an exported network needs, and put together again from those parts alone;
+torch reads the copy.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ _DROPPED = re.compile(r"extra/.*", re.DOTALL)
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.+\-]*")
 _TEXT = re.compile(r"[A-Za-z0-9_.+\-> ,]*")  # padding modes, the equation of an einsum
-# A size as sympy's srepr has it: symbols, their small powers (9**9**9 would never end), sums, products, integer divisions.
+# A size as sympy's srepr has it: symbols, their small powers (9**9**9 would never end), sums, products, integer
+# divisions.
 _SYMBOL = re.compile(r"Symbol\('[su]\d{1,9}'(, (positive|nonnegative|integer|real)=True)*\)")
 _POWER = re.compile(r"Pow\(x, Integer\((-1|2|3)\)\)")
 _SIZE = re.compile(
@@ -88,8 +90,8 @@ def load_pt2(path: Path) -> Program:
 
     Raises:
         FileError: it is missing or unreadable.
-        ExportError: it is damaged, brings pickled objects, compiled code or custom operators, was exported in training mode,
-            or torch cannot read it.
+        ExportError: it is damaged, brings pickled objects, compiled code or custom operators, was exported in training
+            mode, or torch cannot read it.
     """
     parts = _read_parts(path)
     try:

@@ -51,7 +51,8 @@ class ExportReport:
         inputs: Of the file.
         outputs: Each with its worst error against torch.
         samples: How many sets of inputs were compared.
-        notes: What a user should know: dropped outputs, unused inputs, sizes that were not tried, the tracer's warnings.
+        notes: What a user should know: dropped outputs, unused inputs, sizes that were not tried, the tracer's
+            warnings.
     """
 
     path: Path

@@ -47,9 +47,9 @@ def export_model(
 ) -> ExportReport:
     """Write ``model`` as ONNX, after holding ONNX Runtime against torch on seeded random inputs.
 
-    The model is exported in evaluation mode and left in the mode it was in. Compared are inputs from all, the lower half and
-    the upper half of their range at the example's shapes, and at the smallest, the largest and a middle size of every dynamic
-    axis.
+    The model is exported in evaluation mode and left in the mode it was in. Compared are inputs from all, the lower
+    half and the upper half of their range at the example's shapes, and at the smallest, the largest and a middle size
+    of every dynamic axis.
 
     Args:
         model: On the CPU.
@@ -59,8 +59,8 @@ def export_model(
         opset: Of the file, 11 to 23; torchscript writes at most 20, dynamo at least 18.
         exporter: torch's ``dynamo`` (torch.export) or the older ``torchscript`` (tracing).
         source: How the report and the file name the model; its class by default.
-        rtol: Largest error, relative to the largest magnitude of an output. None: 1e-4 for float32, 2e-2 for float16, 1e-8
-            for float64, because both sides sum in another order. Integer outputs must be equal.
+        rtol: Largest error, relative to the largest magnitude of an output. None: 1e-4 for float32, 2e-2 for float16,
+            1e-8 for float64, because both sides sum in another order. Integer outputs must be equal.
         atol: Added to it. None: 1e-6, 1e-3, 1e-12.
         seed: Of the random inputs.
         progress: Told while comparing.
@@ -160,7 +160,7 @@ def _check_options(model: nn.Module, opset: int, exporter: str, *, rtol: float |
 
 
 def _sign(model: onnx.ModelProto, title: str, exporter: str) -> None:
-    """Say in the file where it comes from. Of a path only the name: a file should not tell where its author's home is."""
+    """Say in the file where it comes from. Of a path only the name: nobody needs to know its author's home."""
     source = Path(title).name if "/" in title else title
     del model.metadata_props[:]
     onnx.helper.set_model_props(

@@ -53,7 +53,7 @@ def make_samples(
     *,
     seed: int,
 ) -> tuple[list[Sample], list[str]]:
-    """All kinds of values at the example's shapes, and one at the smallest, middle and largest size of the dynamic axes.
+    """All kinds of values at the example's shapes, and one set at both ends and the middle of the dynamic axes.
 
     Args:
         inputs: Of the model.
@@ -107,8 +107,9 @@ def _with_sizes(example: Shapes, sizes: Mapping[str, int], symbols: Mapping[tupl
 def draw(spec: InputSpec, shape: Sequence[int], kind: str, rng: np.random.Generator) -> npt.NDArray[Any]:
     """Random values for an input, of its dtype.
 
-    ``kind`` is ``"any"``, ``"low"`` or ``"high"``: all of the range, or its lower or upper half. A branch on the data that an
-    exporter fixed to one side is seen when the halves are tried, where three draws of one distribution often all agree.
+    ``kind`` is ``"any"``, ``"low"`` or ``"high"``: all of the range, or its lower or upper half. A branch on the data
+    that an exporter fixed to one side is seen when the halves are tried, where three draws of one distribution often
+    all agree.
     """
     if spec.dtype == "bool":
         return rng.random(shape) < {"any": 0.5, "low": 0.1, "high": 0.9}[kind]
@@ -127,7 +128,7 @@ def draw(spec: InputSpec, shape: Sequence[int], kind: str, rng: np.random.Genera
 
 
 def _integers(low: int, high: int, shape: Sequence[int], kind: str, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Integers of the range; the half-open halves of a range of one or two values would be empty, so they are cut with care."""
+    """Integers of the range; the upper half of a range of one value is that value."""
     middle = (low + high) // 2
     first, last = {"any": (low, high), "low": (low, middle), "high": (min(middle + 1, high), high)}[kind]
     return rng.integers(first, last, shape, dtype=np.int64, endpoint=True)

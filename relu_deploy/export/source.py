@@ -1,7 +1,7 @@
 """Where a model comes from: ``module:factory``, ``file.py:factory``, or a ``.pt2`` archive.
 
-Python named here is the user's own code and is run, as ``python file.py`` would run it. Files of weights and archives are
-data and are only read.
+Python named here is the user's own code and is run, as ``python file.py`` would run it. Files of weights and archives
+are data and are only read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def load_factory(spec: str, *, weights: Path | None = None) -> nn.Module:
 
     Args:
         spec: ``module:factory`` or ``file.py:factory``, where the factory is called without arguments and returns a
-            ``torch.nn.Module`` (a class, or a module object itself, do too); or a ``.pt2`` archive of ``torch.export.save``.
+            ``torch.nn.Module`` (a class, or a module object itself, do too); or a ``.pt2`` archive of
+            ``torch.export.save``.
         weights: A ``.safetensors`` or ``.pt`` file with the model's state_dict. A ``.pt2`` brings its own.
 
     Returns:

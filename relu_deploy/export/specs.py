@@ -25,8 +25,8 @@ class InputSpec:
     """One input of a model.
 
     Attributes:
-        name: Its name in the ONNX file. When all names are parameters of ``forward``, inputs are passed by name, otherwise
-            in the order given.
+        name: Its name in the ONNX file. When all names are parameters of ``forward``, inputs are passed by name,
+            otherwise in the order given.
         shape: Of the example that is traced; ``()`` for a scalar.
         dtype: One of ``DTYPES``.
         low: Smallest random value; None: the default of the dtype (floats: a standard normal; integers: 0).
@@ -130,8 +130,8 @@ def check_specs(inputs: Sequence[InputSpec], dynamic: Sequence[DynamicAxis]) -> 
     """Hold inputs and dynamic axes against each other.
 
     Raises:
-        ExportError: no inputs, a name or an axis twice, an axis of an input or of a rank that is not there, or an example size
-            outside its own range.
+        ExportError: no inputs, a name or an axis twice, an axis of an input or of a rank that is not there, or an
+            example size outside its own range.
     """
     if not inputs:
         raise ExportError("the model has no inputs to export with", hint="--input NAME=1x3x32x32, one for each input")

@@ -1,4 +1,4 @@
-"""Weights files, read and never executed: ``.safetensors``, and ``.pt`` as far as torch's ``weights_only`` reader takes it."""
+"""Weights files, read and never executed: ``.safetensors``, and ``.pt`` as far as ``weights_only`` takes it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state_dict inside a ``.safetensors`` or ``.pt``/``.pth``/``.bin`` file, on the CPU. Raises as :func:`load_weights`."""
+    """The state_dict inside a ``.safetensors`` or ``.pt`` file, on the CPU. Raises as :func:`load_weights`."""
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "it does not exist"
         raise FileError(f"cannot read the weights {path}: {what}")
@@ -56,7 +56,9 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
     parts = [
-        _listed("missing from the file", missing), _listed("unknown to the model", unknown), _listed("wrong shape", wrong),
+        _listed("missing from the file", missing),
+        _listed("unknown to the model", unknown),
+        _listed("wrong shape", wrong),
     ]  # fmt: skip
     if any(parts):
         raise ExportError(

@@ -78,7 +78,7 @@ def test_an_unknown_activation_is_refused():
 
 
 def test_a_short_run_learns_and_the_student_keeps_the_shape(tmp_path):
-    """A dozen steps: far from the demo's accuracy, but the loss falls, and the student starts where the teacher ended."""
+    """A dozen steps: far from the demo's accuracy, but the loss falls, and the student starts where the teacher was."""
     whole = load_digits()
     digits = Digits(whole.train_images[:192], whole.train_labels[:192], whole.test_images[:64], whole.test_labels[:64])
     teacher = train_teacher(digits, config=TrainConfig(epochs=2, batch_size=32))

@@ -87,7 +87,7 @@ def test_extreme_logits_stay_finite():
 
 
 def test_shapes_are_held_against_each_other():
-    with pytest.raises(TrainingError, match="one shape"):
+    with pytest.raises(TrainingError, match="of one shape"):
         kl_on_logits(normal(2, 3), normal(3, 3))
     with pytest.raises(TrainingError, match=r"\(N, C, H, W\)"):
         channel_wise_distillation(normal(2, 3), normal(2, 3))

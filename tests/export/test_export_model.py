@@ -103,7 +103,7 @@ def test_integers_without_a_range_fit_any_table_and_too_large_ones_are_told(tmp_
             return self.table(ids)
 
     export_model(Lookup(), [InputSpec("ids", (4,), "int32")], tmp_path / "m.onnx")
-    with pytest.raises(ExportError, match="the torch model itself fails at ids=4.*IndexError"):
+    with pytest.raises(ExportError, match=r"the torch model itself fails at ids=4.*IndexError"):
         export_model(Lookup(), [InputSpec("ids", (4,), "int32", 3, 9)], tmp_path / "n.onnx")
 
 

@@ -78,7 +78,7 @@ def test_files_that_are_missing_or_fail(tmp_path):
     with pytest.raises(FileError, match="does not exist"):
         load_factory(f"{tmp_path}/none.pt2")
     (tmp_path / "bad.py").write_text("def net(:")
-    with pytest.raises(ExportError, match="running .*bad.py failed: SyntaxError"):
+    with pytest.raises(ExportError, match=r"running .*bad.py failed: SyntaxError"):
         load_factory(f"{tmp_path}/bad.py:net")
     (tmp_path / "needs.py").write_text("import not_a_package_of_anyone")
     with pytest.raises(ExportError, match="not_a_package_of_anyone"):
@@ -152,7 +152,7 @@ def test_damaged_weights_are_told(tmp_path, name, keep):
     (torch.save if name == "w.pt" else safetensors_torch.save_file)(network().state_dict(), path)
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
-    with pytest.raises(ExportError, match="cut short|damaged"):
+    with pytest.raises(ExportError, match=r"cut short|damaged"):
         read_state(path)
 
 
