@@ -121,6 +121,8 @@ class _Collapse:
                 total = function if total is None else total.after(function)
             except NotPiecewiseLinearError:
                 break
+            if total.is_constant:
+                break
             here = here.parent
             kind = FLOAT_TYPES.get(onnx_type(here.tensor))
             same = onnx_type(here.tensor) == onnx_type(cut.tensor)

@@ -213,10 +213,10 @@ def _common(a: Cut, b: Cut) -> Cut | None:
         step: Cut = far if far.depth >= upper.depth else near
         a, b = step, upper
     while a is not b:
-        above = (a.parent, b.parent) if a.jump is b.jump else (a.jump, b.jump)
-        if above[0] is None or above[1] is None:
+        left, right = (a.parent, b.parent) if a.jump is b.jump else (a.jump, b.jump)
+        if left is None or right is None:
             return None
-        a, b = above
+        a, b = left, right
     return a
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - graphs in ONNX text stay on one line
 """BatchNormalization, constants, identities, dead nodes: each changes what it should, and says why it does not."""
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def node(op, inputs, output="y", **attributes):
 
 
 BN = ["scale", "shift", "mean", "var"]
-STATISTICS = {name: (6,) for name in BN}
+STATISTICS = dict.fromkeys(BN, (6,))
 LAYERS = {
     "conv": (node("Conv", ["x", "w"], "k"), {"w": (6, 4, 3, 3)}, (2, 4, 5, 5)),
     "conv with bias": (node("Conv", ["x", "w", "b"], "k"), {"w": (6, 4, 3, 3), "b": (6,)}, (2, 4, 5, 5)),
@@ -103,7 +104,7 @@ REFUSALS = {
 def test_batchnorm_refusals(reason):
     nodes, outputs = REFUSALS[reason]
     inputs = [("x", (2, 4, 5, 5)), ("u", (6, 4, 3, 3))]
-    statistics = {name: (4 if reason == "no Conv" else 6,) for name in BN}
+    statistics = dict.fromkeys(BN, (4 if reason == "no Conv" else 6,))
     model = network(nodes, {"w": (6, 4, 3, 3), **statistics}, outputs=outputs, inputs=inputs)
     report = fold(model, fold_batchnorm)
     assert report.changed == ()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - graphs in ONNX text stay on one line
 """A corpus of spellings: what must become Relu, what must not, and what is said about it."""
 
 from __future__ import annotations

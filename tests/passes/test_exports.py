@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - graphs in ONNX text stay on one line
 """Nets that torch exported, with what blending leaves behind in them."""
 
 from __future__ import annotations

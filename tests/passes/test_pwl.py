@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -100,8 +101,9 @@ def test_a_parabola_is_refused():
 def test_a_tower_of_absolute_values_is_refused_before_it_is_slow():
     f, one = X[0], PiecewiseLinear.constant(1)
     with pytest.raises(NotPiecewiseLinearError, match=str(MAX_BREAKS)):
-        for level in range(40):
-            f = f.maximum(f.scaled(-1)).minus(one.scaled(Fraction(1 << 40, 1 << level)))
+        functools.reduce(
+            lambda g, k: g.maximum(g.scaled(-1)).minus(one.scaled(Fraction(1 << 40, 1 << k))), range(40), f
+        )
 
 
 def test_reciprocal_of_a_step_and_of_a_zero():

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - graphs in ONNX text stay on one line
 """The runner: real models, real exports, size, and what the comparison finds."""
 
 from __future__ import annotations
