@@ -198,25 +198,6 @@ def get_backend(target: str) -> Backend:
     raise EngineError(f"unknown target {target!r}", hint=f"one of {', '.join(TARGETS)}")
 
 
-def parse_shape_range(text: str) -> tuple[str, ShapeRange]:
-    """Read ``NAME=MIN:OPT:MAX`` (or ``NAME=SHAPE`` for one shape), as the commands take it.
-
-    Raises:
-        EngineError: the text has another form, or the shapes are not ordered.
-
-    >>> parse_shape_range("x=1x3x8x8:4x3x8x8:8x3x8x8")[1].maximum
-    (8, 3, 8, 8)
-    """
-    name, _, rest = text.rpartition("=")
-    parts = rest.split(":")
-    if not name or len(parts) not in (1, 3) or not all(re.fullmatch(r"\d+(x\d+)*", part) for part in parts):
-        raise EngineError(
-            f"{text!r} is not a shape range", hint="write NAME=MIN:OPT:MAX, as in x=1x3x8x8:4x3x8x8:8x3x8x8"
-        )
-    shapes = [tuple(int(axis) for axis in part.split("x")) for part in parts]
-    return name, ShapeRange(*(shapes * 3 if len(shapes) == 1 else shapes))
-
-
 def model_io(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs (without initializers that old files list among them) and outputs of a model."""
     stored = {tensor.name for tensor in model.graph.initializer}

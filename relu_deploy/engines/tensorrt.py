@@ -258,7 +258,7 @@ def _add_profile(builder: Any, settings: Any, model: onnx.ModelProto, config: Bu
             like = "x".join(str(axis) if isinstance(axis, int) else "1" for axis in spec.shape)
             raise EngineError(
                 f"input {spec.name!r} is dynamic, {list(spec.shape)}, and TensorRT needs the range of its shapes",
-                hint=f"give --shape {spec.name}=MIN:OPT:MAX, for example --shape {spec.name}={like}:{like}:{like}",
+                hint=f"give --shape {spec.name}=MIN..OPT..MAX, for example --shape {spec.name}={like}..{like}..{like}",
             )
     for name, shapes in config.shapes.items():
         wanted = inputs[name].shape
