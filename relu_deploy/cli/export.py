@@ -50,7 +50,7 @@ def command(
     seed: int,
     json_path: str | None,
 ) -> None:
-    r"""Export a torch MODEL to ONNX, and write it only when ONNX Runtime computes what torch computes.
+    """Export a torch MODEL to ONNX, and write it only when ONNX Runtime computes what torch computes.
 
     MODEL is module:factory or path/to/file.py:factory (called without arguments; your code is run), or a .pt2 archive
     of torch.export.save. Weights and archives are read as data: what needs pickle to run code is refused.
@@ -59,7 +59,7 @@ def command(
     Example, after relu-deploy demo:
       relu-deploy export relu_deploy.demo.network:build_relu_network --weights demo-run/student.safetensors \\
           --input image=1x1x32x32 --dynamic image:0=1..64 -o student.onnx
-    """
+    """  # noqa: D301  # click marks a paragraph it must not wrap with a real backspace
     from relu_deploy.export.run import export_model
     from relu_deploy.export.source import load_factory, own_inputs
     from relu_deploy.export.specs import parse_dynamic, parse_input

