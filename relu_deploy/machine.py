@@ -64,7 +64,7 @@ def describe_machine() -> Machine:
         memory_gib=_memory_gib(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
-        packages=_versions(),
+        packages={name: found for name in PACKAGES if (found := _version(name))},
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
         gpu_driver=_read("/sys/module/nvidia/version").strip() or None,
     )
@@ -97,14 +97,11 @@ def cpu_times() -> CpuTimes | None:
     return CpuTimes(busy=user + nice + system + irq + softirq, stolen=stolen)
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _memory_gib() -> float | None:

@@ -11,12 +11,12 @@ from rich.text import Text
 
 from calib.inputs import model_inputs
 from calib.sources import open_source
-from relu_deploy.cli import quantize, rewrite
+from relu_deploy.cli import inspect, quantize, rewrite
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
-from relu_deploy.cli.inspect import render_engine
 from relu_deploy.cli.int8_options import int8_options, weight_width
 from relu_deploy.engines.base import TARGETS, BuildConfig, ShapeRange
+from relu_deploy.engines.inspect import inspect_engine
 from relu_deploy.flow import EngineBuilt, Int8Plan
 from relu_deploy.flow import build_engine as run_build
 from relu_deploy.graph import load_model
@@ -81,8 +81,8 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @json_option
 def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
-    samples: int | None, batch_size: int, ranges: Path | None, weight_bits: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
-    shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, require_int8: bool,
+    samples: int | None, batch_size: int, ranges: Path | None, weight_bits: str, keep_float: tuple[str, ...],
+    sm: tuple[str, ...], shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, require_int8: bool,
     log: Path | None, keep: Path | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Build an engine from MODEL.onnx.
@@ -121,6 +121,6 @@ def render(built: EngineBuilt, output: Path) -> RenderableType:
         parts.append(Text(f"calibration: {used.method} over {used.samples} samples, {used.tensors} tensors"))
     if built.quantize is not None:
         parts.append(quantize.render(built.quantize))
-    parts.append(render_engine(built.engine, output))
+    parts.append(inspect.render(inspect_engine(output), layers=False))
     parts.extend(Text(f"kept {file}") for file in built.kept)
     return Group(*parts)

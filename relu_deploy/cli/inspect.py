@@ -34,10 +34,10 @@ def command(engine: Path, layers: bool, json_path: str | None) -> None:
         relu-deploy inspect student.plan --layers
     """
     found = inspect_engine(engine)
-    emit(found, json_path, lambda: _render(found, layers=layers))
+    emit(found, json_path, lambda: render(found, layers=layers))
 
 
-def _render(found: Inspection, *, layers: bool) -> RenderableType:
+def render(found: Inspection, *, layers: bool) -> RenderableType:
     """The report as a person reads it."""
     parts: list[RenderableType] = [_summary(found)]
     if layers:
