@@ -31,6 +31,7 @@ def hard_label_distillation(student: Tensor, teacher: Tensor, labels: Tensor) ->
     Raises:
         TrainingError: the shapes of student and teacher differ.
 
+    >>> import torch
     >>> logits = torch.tensor([[0.0, 0.0]])
     >>> round(hard_label_distillation(logits, torch.tensor([[5.0, 1.0]]), torch.tensor([1])).item(), 4)  # ln 2
     0.6931

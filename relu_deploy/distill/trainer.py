@@ -141,8 +141,8 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: in
 def _one_cycle(step: int, total: int) -> float:
     """Share of the peak learning rate: linear warm-up over the first tenth, then half a cosine down to 1 %.
 
-    >>> [round(_one_cycle(step, 100), 2) for step in (0, 9, 55, 100)]
-    [0.1, 1.0, 0.5, 0.01]
+    >>> [round(_one_cycle(step, 100), 2) for step in (0, 9, 40, 100)]
+    [0.1, 1.0, 0.75, 0.01]
     """
     warm = max(1, total // 10)
     if step < warm:
