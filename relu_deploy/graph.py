@@ -166,7 +166,8 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
 
 def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Turn a graph back into a model that keeps the IR version, metadata and producer of ``like``."""
-    model: onnx.ModelProto = gs.export_onnx(graph.cleanup(remove_unused_graph_inputs=False).toposort(), do_type_check=False)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = like.ir_version
     model.producer_name, model.producer_version = like.producer_name, like.producer_version
     model.domain, model.model_version, model.doc_string = like.domain, like.model_version, like.doc_string
