@@ -20,7 +20,7 @@ from relu_deploy.demo.run import run_demo
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of split, training and measuring."
 )
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=6.0, show_default=True,
+    "--seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
     help="Measured time of each engine.",
 )  # fmt: skip
 @json_option

@@ -78,7 +78,7 @@ class DemoReport:
     machine: Machine
 
 
-def run_demo(folder: Path, *, seed: int = 0, bench_seconds: float = 6.0, progress: Progress = silent) -> DemoReport:
+def run_demo(folder: Path, *, seed: int = 0, bench_seconds: float = 5.0, progress: Progress = silent) -> DemoReport:
     """Run the flow on scikit-learn's digits; nothing is downloaded.
 
     Args:

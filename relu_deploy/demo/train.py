@@ -16,9 +16,9 @@ from relu_deploy.demo.network import build_network
 from relu_deploy.distill.trainer import TrainConfig, TrainReport, accuracy, cross_entropy, fit, hard_label_objective
 from relu_deploy.nn.swap import SwapReport, relu, replace_activations
 
-TEACHER = TrainConfig(epochs=5)
+TEACHER = TrainConfig(epochs=4)
 # The student starts where the teacher ended: fewer passes at a lower rate, so that it is repaired, not trained anew.
-STUDENT = TrainConfig(epochs=3, learning_rate=1e-3)
+STUDENT = TrainConfig(epochs=2, learning_rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ def train_teacher(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_network(activation)
+        # Channels last trains faster on CPUs; the weights are the same numbers either way.
+        model = build_network(activation).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = _tensors(digits.train_images, digits.train_labels)
     training = fit(
         model, images, labels, objective=cross_entropy, config=config, what="train teacher", progress=progress
