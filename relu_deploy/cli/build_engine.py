@@ -15,11 +15,12 @@ from relu_deploy.cli import inspect, quantize, rewrite
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
 from relu_deploy.cli.int8_options import int8_options, weight_width
-from relu_deploy.engines.base import TARGETS, BuildConfig, ShapeRange
+from relu_deploy.engines.base import BuildConfig, ShapeRange
 from relu_deploy.engines.inspect import inspect_engine
 from relu_deploy.flow import EngineBuilt, Int8Plan
 from relu_deploy.flow import build_engine as run_build
 from relu_deploy.graph import load_model
+from relu_deploy.targets import TARGETS
 
 _EXTENTS = r"\d+(?:x\d+)*"
 _SHAPES = re.compile(rf"(?P<name>.+)=(?P<first>{_EXTENTS})(?:\.\.(?P<second>{_EXTENTS})\.\.(?P<third>{_EXTENTS}))?")

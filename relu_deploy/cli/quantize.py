@@ -14,9 +14,9 @@ from calib.ranges import load as load_ranges
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.int8_options import int8_options, weight_width
 from relu_deploy.graph import load_model, save_model
-from relu_deploy.int8.formats import TARGETS
 from relu_deploy.int8.run import QuantReport
 from relu_deploy.int8.run import quantize as quantize_model
+from relu_deploy.targets import TARGETS
 
 
 @click.command(

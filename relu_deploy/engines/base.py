@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,8 @@ import onnx
 from relu_deploy.engines.audit import Audit
 from relu_deploy.errors import DataError, EngineError
 from relu_deploy.graph import PROTOBUF_LIMIT, tensor_bytes
+from relu_deploy.targets import TARGETS, Target
 
-Target = Literal["ort", "tensorrt-rtx", "tensorrt"]
-TARGETS: tuple[Target, ...] = ("ort", "tensorrt-rtx", "tensorrt")
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -109,7 +108,7 @@ class BuildReport:
         target: The runtime the engine is for.
         sm: Compute capabilities it was compiled for; empty for ``ort``.
         versions: Package name -> version, of everything that took part.
-        model_sha256: Fingerprint of the network (:func:`relu_deploy.engines.manifest.fingerprint`).
+        model_sha256: Fingerprint of the network (:func:`calib.fingerprint.model_fingerprint`).
         model_bytes: Size of the network's stored tensors.
         engine_bytes: Size of the engine, with external data where it has some.
         build_seconds: Wall time of the compiler.

@@ -11,9 +11,10 @@ from pathlib import Path
 import onnx
 
 from calib.files import atomic_path, check_writable
+from calib.fingerprint import model_fingerprint
 from relu_deploy.engines.audit import Audit, disagreements
 from relu_deploy.engines.base import BuildConfig, BuildReport, model_io
-from relu_deploy.engines.manifest import data_path, fingerprint, manifest_path, write_manifest
+from relu_deploy.engines.manifest import data_path, manifest_path, write_manifest
 from relu_deploy.errors import CheckFailedError
 from relu_deploy.graph import PROTOBUF_LIMIT, load_model, name_nodes, save_model, tensor_bytes
 
@@ -62,7 +63,7 @@ def build_engine(
             target=config.target,
             sm=config.sm if config.target == "tensorrt-rtx" else (),
             versions=versions,
-            model_sha256=fingerprint(loaded),
+            model_sha256=model_fingerprint(loaded),
             model_bytes=tensor_bytes(loaded),
             engine_bytes=sum(path.stat().st_size for path in parts),
             build_seconds=round(seconds, 3),

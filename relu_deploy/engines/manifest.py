@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from calib.files import read_json, sha256_file, write_json
 from relu_deploy.engines.audit import Activation, Audit, LinearLayer
-from relu_deploy.engines.base import TARGETS, BuildReport, ShapeRange, TensorSpec
+from relu_deploy.engines.base import BuildReport, ShapeRange, TensorSpec
 from relu_deploy.errors import EngineError, FileError
 from relu_deploy.report import to_json
+from relu_deploy.targets import TARGETS
 
 FORMAT = 1
 
@@ -26,19 +24,6 @@ def manifest_path(engine: Path) -> Path:
 def data_path(engine: Path) -> Path:
     """``<engine>.data``: where the weights of an ``ort`` engine lie when it is too large for one protobuf."""
     return engine.with_name(f"{engine.name}.data")
-
-
-def fingerprint(model: onnx.ModelProto) -> str:
-    """SHA-256 of a model, the same on every machine, also for models above protobuf's 2 GiB limit."""
-    digest = hashlib.sha256()
-    for tensor in model.graph.initializer:
-        for part in (tensor.name.encode(), str(tuple(tensor.dims)).encode(), str(tensor.data_type).encode()):
-            digest.update(part + b"\0")
-        digest.update(onnx.numpy_helper.to_array(tensor).tobytes() if tensor.data_type != onnx.TensorProto.STRING
-                      else tensor.SerializeToString(deterministic=True))  # fmt: skip
-    for node in (*model.graph.node, *model.graph.input, *model.graph.output, *model.functions, *model.opset_import):
-        digest.update(node.SerializeToString(deterministic=True) + b"\0")
-    return digest.hexdigest()
 
 
 def write_manifest(engine: Path, report: BuildReport) -> None:

@@ -21,9 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relu_deploy.errors import QuantizationError
-
-Target = Literal["ort", "tensorrt-rtx", "tensorrt"]
-TARGETS: tuple[Target, ...] = ("ort", "tensorrt-rtx", "tensorrt")
+from relu_deploy.targets import TARGETS, Target
 
 # The scale of a tensor that is always zero. Any positive number will do, since its only code is the zero point; a scale
 # of 0 would be a division by zero in every runtime (TensorRT#2498).

@@ -9,7 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from relu_deploy.engines.base import BuildConfig, Target, get_backend
+from relu_deploy.engines.base import BuildConfig, get_backend
+from relu_deploy.targets import Target
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 import onnx
 import pytest
 
+from calib.fingerprint import model_fingerprint
 from relu_deploy.engines.base import BuildConfig, ShapeRange, get_backend
-from relu_deploy.engines.manifest import fingerprint, manifest_path, read_manifest
+from relu_deploy.engines.manifest import manifest_path, read_manifest
 from relu_deploy.errors import BackendUnavailableError, EngineError, FileError, MissingExtraError
 
 Stack = Callable[..., onnx.ModelProto]
@@ -61,10 +62,10 @@ def test_a_manifest_of_another_kind_is_refused(engine: Path, key: str, value: ob
 def test_fingerprints_follow_weights_and_nodes_only(stack: Stack) -> None:
     model, other = stack(target="ort"), stack(target="ort")
     other.doc_string = "another time"
-    assert fingerprint(model) == fingerprint(other)
+    assert model_fingerprint(model) == model_fingerprint(other)
     other.graph.initializer[0].raw_data = bytes(len(other.graph.initializer[0].raw_data))
-    assert fingerprint(model) != fingerprint(other)
-    assert fingerprint(model) != fingerprint(stack(target="ort", activation="Tanh"))
+    assert model_fingerprint(model) != model_fingerprint(other)
+    assert model_fingerprint(model) != model_fingerprint(stack(target="ort", activation="Tanh"))
 
 
 @pytest.mark.parametrize(
