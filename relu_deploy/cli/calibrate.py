@@ -52,7 +52,7 @@ class CalibrationReport:
     data: str
 
 
-@click.command("calibrate")
+@click.command("calibrate", short_help="Measure the range of every activation over data.")
 @click.argument("model_path", metavar="IN.onnx", type=INPUT_FILE)
 @data_options()
 @click.option(

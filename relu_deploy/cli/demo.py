@@ -11,7 +11,7 @@ from relu_deploy.demo.report import render, write_pages
 from relu_deploy.demo.run import run_demo
 
 
-@click.command(epilog="Example: relu-deploy demo -o demo-run")
+@click.command("demo", short_help="See the whole job done on real data, with no download.")
 @click.option(
     "-o", "--output", type=OUTPUT_FILE, default=Path("demo-run"), show_default=True, metavar="DIR",
     help="Folder for everything that is made.",
@@ -30,7 +30,11 @@ def command(output: Path, seed: int, seconds: float, json_path: str | None) -> N
     Trains a small SiLU network on scikit-learn's digits, distils its ReLU student, exports both, rewrites, calibrates,
     quantises, builds engines (ONNX Runtime; TensorRT-RTX too where it is installed), measures them against the
     original, and writes a page that says what each file is.
-    """
+
+    \b
+    Example:
+      relu-deploy demo -o demo-run
+    """  # noqa: D301  \b is click's mark for text that keeps its lines
     with progress_bar() as progress:
         report = run_demo(output, seed=seed, bench_seconds=seconds, progress=progress)
     write_pages(report)

@@ -15,7 +15,7 @@ from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, p
 from relu_deploy.export.report import ExportReport
 
 
-@click.command()
+@click.command("export", short_help="Export a torch model; written only if ONNX Runtime agrees.")
 @click.argument("model")
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The ONNX file to write.")
 @click.option("--weights", type=INPUT_FILE, help="The model's state_dict: .safetensors, or .pt without pickled code.")
@@ -59,7 +59,7 @@ def command(
     Example, after relu-deploy demo:
       relu-deploy export relu_deploy.demo.network:build_relu_network --weights demo-run/student.safetensors \\
           --input image=1x1x32x32 --dynamic image:0=1..64 -o student.onnx
-    """  # noqa: D301  # click marks a paragraph it must not wrap with a real backspace
+    """  # noqa: D301  \b is click's mark for text that keeps its lines
     from relu_deploy.export.run import export_model
     from relu_deploy.export.source import load_factory, own_inputs
     from relu_deploy.export.specs import parse_dynamic, parse_input

@@ -17,22 +17,22 @@ from relu_deploy.engines.inspect import Inspection, inspect_engine
 _FEW = 10
 
 
-@click.command(name="inspect")
+@click.command("inspect", short_help="Say what an engine is and what the compiler made of it.")
 @click.argument("engine", type=INPUT_FILE)
 @click.option(
     "--layers", is_flag=True, help="Also print every linear layer with its precision, output type and kernel."
 )
 @json_option
 def command(engine: Path, layers: bool, json_path: str | None) -> None:
-    r"""Print what ENGINE is and holds. Nothing is loaded or executed, and no GPU is needed.
+    """Print what ENGINE is and holds. Nothing is loaded or executed, and no GPU is needed.
 
     ENGINE is a file that build-engine wrote, for any target; its manifest ENGINE.json is read and checked where it is
     there. A TensorRT plan or an ONNX file from elsewhere is read too, as far as its bytes tell.
 
     \b
     Example:
-        relu-deploy inspect student.plan --layers
-    """
+      relu-deploy inspect student.engine --layers
+    """  # noqa: D301  \b is click's mark for text that keeps its lines
     found = inspect_engine(engine)
     emit(found, json_path, lambda: render(found, layers=layers))
 

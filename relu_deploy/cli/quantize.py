@@ -42,7 +42,11 @@ def command(
     ort gets uint8 activations (zero point 0 behind a ReLU, which the quantiser then replaces), int8 weights per
     output channel and int32 biases. tensorrt-rtx and tensorrt get int8 symmetric activations, int8 weights per output
     channel, float biases.
-    """
+
+    \b
+    Example:
+      relu-deploy quantize student.onnx --ranges ranges.json --target ort -o student.int8.onnx
+    """  # noqa: D301  \b is click's mark for text that keeps its lines
     check_writable(output)
     source = load_model(model)
     width, warning = weight_width(weight_bits, target)

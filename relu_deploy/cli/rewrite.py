@@ -20,14 +20,14 @@ from relu_deploy.report import PassReport
 _NAMES = 3
 
 
-@click.command("rewrite")
+@click.command("rewrite", short_help="Collapse what is exactly ReLU, and clean the graph up.")
 @click.argument("model", type=INPUT_FILE)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="Where the rewritten network goes.")
 @click.option("--no-verify", is_flag=True, help="Do not compare its outputs with the original's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs of that comparison.")
 @json_option
 def command(model: Path, output: Path, no_verify: bool, seed: int, json_path: str | None) -> None:
-    r"""Collapse what is exactly ReLU into Relu nodes, and clean the graph up for INT8.
+    """Collapse what is exactly ReLU into Relu nodes, and clean the graph up for INT8.
 
     MODEL is an ONNX file. A region of nodes is replaced only if it is proven to be ReLU, whatever its spelling; every
     other activation is listed with what it is. Where nothing is to be done, the output is a copy of the input.
@@ -35,7 +35,7 @@ def command(model: Path, output: Path, no_verify: bool, seed: int, json_path: st
     \b
     Example:
       relu-deploy rewrite student.onnx -o student.relu.onnx
-    """
+    """  # noqa: D301  \b is click's mark for text that keeps its lines
     original = load_model(model)
     result, report = rewrite(original, verify=not no_verify, seed=seed)
     save_model(result, output)
