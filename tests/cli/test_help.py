@@ -20,7 +20,7 @@ def test_help_shows_an_example_of_this_command(name):
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0
     assert "Example" in result.output
-    assert re.search(rf"^\s+relu-deploy {name} ", result.output, re.M), "an example on a line of its own"
+    assert re.search(rf"^\s+relu-deploy {name} ", result.output, re.MULTILINE), "an example on a line of its own"
     assert "\\b" not in result.output
 
 
