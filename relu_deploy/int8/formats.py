@@ -23,9 +23,12 @@ import numpy.typing as npt
 from relu_deploy.errors import QuantizationError
 from relu_deploy.targets import TARGETS, Target
 
-# The scale of a tensor that is always zero. Any positive number will do, since its only code is the zero point; a scale
-# of 0 would be a division by zero in every runtime (TensorRT#2498).
+# The scale of weights that are all zero. Any positive number will do, since their only code is 0; a scale of 0 would be
+# a division by zero in every runtime (TensorRT#2498).
 DEAD_SCALE = 1.0
+# The scale of an activation that was always zero. A layer that reads it still has a bias, in steps of s_x s_w, so 1.0
+# would round the bias to whole weight steps; this makes those steps 4096 times finer, and float16 still holds it.
+DEAD_ACTIVATION_SCALE = 2.0**-12
 # Scales below this are subnormal or close to it when multiplied (s_x s_w), and flush to zero in some kernels.
 SMALLEST_SCALE = 2.0**-60
 _INT32_MAX = (1 << 31) - 1
@@ -209,7 +212,7 @@ def quantize_symmetric(
 
 
 def _usable(scale: float) -> float:
-    """A float32 scale that is positive: dead tensors get ``DEAD_SCALE``, subnormal ones the smallest usable one."""
+    """A float32 scale that is positive: dead tensors get ``DEAD_ACTIVATION_SCALE``, subnormal ones the smallest."""
     if scale == 0:
-        return DEAD_SCALE
+        return DEAD_ACTIVATION_SCALE
     return float(np.float32(max(scale, SMALLEST_SCALE)))

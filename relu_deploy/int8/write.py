@@ -143,7 +143,7 @@ def _quantize_constants(graph: gs.Graph, node: gs.Node, number: NumberFormat) ->
             low, high = (0, 255) if qparams.dtype == "uint8" else (-127, 127)
             codes = np.clip(np.rint(values.astype(np.float64) / qparams.scale) + qparams.zero_point, low, high)
             node.inputs[index] = _dequantized(
-                graph, f"{node.name}/operand_{index}", codes.astype(qparams.dtype), np.asarray(qparams.scale,
+                graph, f"{node.name}/operand_{index}", np.asarray(codes, qparams.dtype), np.asarray(qparams.scale,
                 values.dtype), np.asarray(qparams.zero_point, qparams.dtype), None,
             )  # fmt: skip
 

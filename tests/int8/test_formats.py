@@ -33,7 +33,7 @@ def test_relu_output_has_zero_point_zero_on_both_kinds_of_target():
 
 @pytest.mark.parametrize("target", formats.TARGETS)
 def test_dead_tensor_gets_a_usable_scale(target):
-    assert formats.activation_qparams(0.0, 0.0, formats.number_format(target)).scale == formats.DEAD_SCALE
+    assert formats.activation_qparams(0.0, 0.0, formats.number_format(target)).scale == formats.DEAD_ACTIVATION_SCALE
 
 
 def test_subnormal_range_gets_a_normal_scale():
