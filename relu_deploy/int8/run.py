@@ -7,12 +7,13 @@ from collections.abc import Iterable
 
 import onnx
 
+from calib.model import first_quantized
 from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
 from relu_deploy.int8.formats import NumberFormat, QParams, number_format
 from relu_deploy.int8.lower import matmul_add_to_gemm, spatial_mean_to_pool
-from relu_deploy.int8.place import QUANTIZED_OPS, Layer, Placement, place
+from relu_deploy.int8.place import Layer, Placement, place
 from relu_deploy.int8.write import Written, write
 from relu_deploy.passes.constants import fold_constants
 
@@ -109,19 +110,19 @@ def refuse_quantized(model: onnx.ModelProto) -> None:
     Raises:
         QuantizationError: it does; names the first such node.
     """
-    for node in model.graph.node:
-        if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
-            raise QuantizationError(
-                f"the model is quantised already: node {node.name!r} is a {node.op_type}",
-                hint="start from the float model",
-            )
+    node = first_quantized(model)
+    if node is not None:
+        raise QuantizationError(
+            f"the model is quantised already: node {node.name!r} is a {node.op_type}",
+            hint="start from the float model",
+        )
 
 
 def _prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     """Lift the opset as far as Q/DQ needs it, and infer the types of all tensors."""
     half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
     lifted = files.convert_opset(model, lowest=_FLOAT16_OPSET if half else _PER_CHANNEL_OPSET)
-    return onnx.shape_inference.infer_shapes(lifted) if lifted.ByteSize() < files.PROTOBUF_LIMIT else lifted
+    return onnx.shape_inference.infer_shapes(lifted) if files.fits_one_message(lifted) else lifted
 
 
 def _check_layers(placement: Placement, keep_float: Iterable[str]) -> None:
@@ -151,6 +152,8 @@ def _report(
     if written.dead_channels:
         total = sum(written.dead_channels.values())
         warnings.append(f"{total} output channels in {len(written.dead_channels)} layers have only zero weights")
+    if number.target == "tensorrt" and any(layer.int8 and layer.op == "ConvTranspose" for layer in placement.layers):
+        warnings.append("ConvTranspose is given INT8, which was not tried with tensorrt; TensorRT-RTX 1.7 ignores it")
     if left := [layer for layer in placement.layers if not layer.int8]:
         warnings.append(f"{len(left)} of {len(placement.layers)} linear layers stay float")
     return QuantReport(

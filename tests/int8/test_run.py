@@ -350,7 +350,11 @@ def test_layers_that_cannot_be_int8_say_why(measure):
     assert reasons["Conv"] == ""
     assert "no integer ConvTranspose" in reasons["ConvTranspose"]
     assert "both operands" in reasons["MatMul"]
-    quantized, report = quantize(model, measure(model), target="tensorrt-rtx")
+    reasons = {layer.op: layer.reason for layer in quantize(model, measure(model), target="tensorrt-rtx")[1].layers}
+    assert reasons["Conv"] == ""
+    assert "computes every ConvTranspose in float" in reasons["ConvTranspose"]
+    quantized, report = quantize(model, measure(model), target="tensorrt")
     assert {layer.op: layer.int8 for layer in report.layers} == {"Conv": True, "ConvTranspose": True, "MatMul": False}
+    assert any("not tried with tensorrt" in warning for warning in report.warnings)
     weight = next(n for n in quantized.graph.node if n.op_type == "DequantizeLinear" and "ConvTranspose" in n.name)
     assert helper.get_attribute_value(weight.attribute[0]) == 1, "output channels of ConvTranspose are on axis 1"

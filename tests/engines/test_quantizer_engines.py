@@ -1,0 +1,316 @@
+"""Networks quantised by this package, built by the real TensorRT-RTX compiler without a GPU: is every promise kept?"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from calib.inputs import model_inputs
+from calib.ranges import Ranges
+from calib.run import calibrate
+from calib.sources import open_source
+from relu_deploy.engines.audit import disagreements
+from relu_deploy.engines.base import BuildConfig, BuildReport, ShapeRange, get_backend
+from relu_deploy.errors import CheckFailedError
+from relu_deploy.int8.run import QuantReport, quantize
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorrt_rtx") is None,
+        reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'",
+    ),
+]
+SMS = ("86", "89", "120")
+Weights = Mapping[str, tuple[int, ...] | np.ndarray]
+
+
+def parse(text: str, weights: Weights, *, opset: int = 17) -> onnx.ModelProto:
+    """A model from ONNX text; weights are seeded normal numbers of a shape, or given."""
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> g {text}')
+    random = np.random.default_rng(0)
+    for name, given in weights.items():
+        values = given
+        if isinstance(values, tuple):
+            spread = (2 / np.prod(values[1:])) ** 0.5 if len(values) > 1 else 0.1
+            values = random.normal(0, spread, values).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def measured(model: onnx.ModelProto) -> Ranges:
+    (spec,) = model_inputs(model)
+    shape = tuple(axis if isinstance(axis, int) else 1 for axis in spec.shape or ())[1:]
+    data = np.random.default_rng(1).normal(size=(4, *shape)).astype(np.float32)
+    return calibrate(model, open_source(data, (spec,)))
+
+
+def build(model: onnx.ModelProto, folder: Path, *, sm: tuple[str, ...] = SMS[1:2], **config: object) -> BuildReport:
+    settings = BuildConfig(target="tensorrt-rtx", sm=sm, **config)  # type: ignore[arg-type]
+    return get_backend("tensorrt-rtx").build(model, folder / "e.plan", settings)
+
+
+def broken_promises(report: QuantReport, quantized: onnx.ModelProto, built: BuildReport, *, student: bool) -> list[str]:
+    """Everything in which quantiser, network, plan and build log do not say the same."""
+    found = list(disagreements(quantized, built.audit, student=student))
+    precision = {layer.name: layer.precision for layer in built.audit.linear}
+    found += [
+        f"{layer.name}: int8 {layer.int8} in the report, {precision.get(layer.name)} in the engine"
+        for layer in report.layers
+        if layer.int8 != (precision.get(layer.name) == "int8")
+    ]
+    extra = set(precision) - {layer.name for layer in report.layers}
+    return found + [f"{name} is in the engine only" for name in sorted(extra)]
+
+
+def check(
+    model: onnx.ModelProto, folder: Path, *, student: bool = True, floats: tuple[str, ...] = (), **config: object
+) -> BuildReport:
+    """Quantise and build; every layer but ``floats`` has to be int8, in the report and in the engine."""
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx")
+    assert tuple(layer.name for layer in report.layers if not layer.int8) == floats
+    built = build(quantized, folder, **config)
+    assert broken_promises(report, quantized, built, student=student) == []
+    assert built.audit.int8 == len(report.layers) - len(floats) > 0
+    assert built.audit.source == "plan"
+    # Extents that the compiler derives from a dynamic one (batch times tokens) it names without saying their size.
+    assert all("bytes moved are not known" in note for note in built.audit.notes)
+    assert "shapes" in config or built.audit.notes == ()
+    return built
+
+
+SEPARABLE = """(float[1,3,32,32] x) => (float[1,10] y) <float lo = {0}, float hi = {6}> {
+  [stem] c0 = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w0, b0) r0 = Clip(c0, lo, hi)
+  [depthwise1] c1 = Conv<pads=[1,1,1,1], group=32>(r0, w1, b1) r1 = Clip(c1, lo, hi)
+  [pointwise1] c2 = Conv(r1, w2, b2) r2 = Clip(c2, lo, hi)
+  [depthwise2] c3 = Conv<pads=[1,1,1,1], strides=[2,2], group=64>(r2, w3, b3) r3 = Clip(c3, lo, hi)
+  [pointwise2] c4 = Conv(r3, w4, b4) r4 = Clip(c4, lo, hi)
+  a = GlobalAveragePool(r4) f = Flatten(a) [fc] y = Gemm<transB=1>(f, w5, b5) }"""
+SEPARABLE_WEIGHTS: Weights = {
+    "w0": (32, 3, 3, 3), "b0": (32,), "w1": (32, 1, 3, 3), "b1": (32,), "w2": (64, 32, 1, 1), "b2": (64,),
+    "w3": (64, 1, 3, 3), "b3": (64,), "w4": (64, 64, 1, 1), "b4": (64,), "w5": (10, 64), "b5": (10,),
+}  # fmt: skip
+
+UNET = """(float[1,3,32,32] x) => (float[1,2,32,32] y) <float[4] scales = {1, 1, 2, 2}> {
+  [e1] c1 = Conv<pads=[1,1,1,1]>(x, w1, b1) r1 = Relu(c1)
+  m1 = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r1)
+  [e2] c2 = Conv<pads=[1,1,1,1]>(m1, w2, b2) r2 = Relu(c2)
+  m2 = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r2)
+  [e3] c3 = Conv<pads=[1,1,1,1]>(m2, w3, b3) r3 = Relu(c3)
+  [up] t = ConvTranspose<strides=[2,2]>(r3, wt, bt) rt = Relu(t)
+  j2 = Concat<axis=1>(rt, r2) [d2] c4 = Conv<pads=[1,1,1,1]>(j2, w4, b4) r4 = Relu(c4)
+  u = Resize<mode="nearest">(r4, , scales)
+  j1 = Concat<axis=1>(u, r1) [d1] c5 = Conv<pads=[1,1,1,1]>(j1, w5, b5) r5 = Relu(c5)
+  [head] y = Conv(r5, w6, b6) }"""
+UNET_WEIGHTS: Weights = {
+    "w1": (32, 3, 3, 3), "b1": (32,), "w2": (32, 32, 3, 3), "b2": (32,), "w3": (64, 32, 3, 3), "b3": (64,),
+    "wt": (64, 32, 2, 2), "bt": (32,), "w4": (32, 64, 3, 3), "b4": (32,), "w5": (32, 64, 3, 3), "b5": (32,),
+    "w6": (2, 32, 1, 1), "b6": (2,),
+}  # fmt: skip
+
+ENCODER = """(float[%s,32,64] x) => (float[%s,32,64] y)
+<int64[4] heads = {0, 0, 4, 16}, int64[3] flat = {0, 0, 64}, float scale = {0.25}> {
+  [q] q0 = MatMul(x, wq) q1 = Add(q0, bq) q2 = Reshape(q1, heads) q3 = Transpose<perm=[0,2,1,3]>(q2)
+  [k] k0 = MatMul(x, wk) k1 = Add(k0, bk) k2 = Reshape(k1, heads) k3 = Transpose<perm=[0,2,3,1]>(k2)
+  [v] v0 = MatMul(x, wv) v1 = Add(v0, bv) v2 = Reshape(v1, heads) v3 = Transpose<perm=[0,2,1,3]>(v2)
+  [scores] s0 = MatMul(q3, k3) s1 = Mul(s0, scale) p = Softmax<axis=-1>(s1)
+  [mix] o0 = MatMul(p, v3) o1 = Transpose<perm=[0,2,1,3]>(o0) o2 = Reshape(o1, flat)
+  [proj] o3 = MatMul(o2, wo) o4 = Add(o3, bo) r1 = Add(o4, x)
+  n1 = LayerNormalization<axis=-1>(r1, gamma, beta)
+  [ffn1] f0 = MatMul(n1, w1) f1 = Add(f0, b1) %s
+  [ffn2] f3 = MatMul(f2, w2) f4 = Add(f3, b2) r2 = Add(f4, n1)
+  y = LayerNormalization<axis=-1>(r2, gamma, beta) }"""
+ENCODER_WEIGHTS: Weights = {
+    **{f"w{name}": (64, 64) for name in "qkvo"}, **{f"b{name}": (64,) for name in "qkvo"}, "w1": (64, 256),
+    "b1": (256,), "w2": (256, 64), "b2": (64,), "gamma": np.ones(64, np.float32), "beta": np.zeros(64, np.float32),
+}  # fmt: skip
+GELU = """half = Constant<value_float=0.5>() one = Constant<value_float=1.0>() root = Constant<value_float=1.4142135>()
+  g0 = Div(f1, root) g1 = Erf(g0) g2 = Add(g1, one) g3 = Mul(f1, g2) f2 = Mul(g3, half)"""
+
+PLAIN = """(float[1,16,16,16] x) => (float[1,16,16,16] y) {
+  [c1] a = Conv<pads=[1,1,1,1]>(x, w1, b1) r = Relu(a) [c2] b = Conv<pads=[1,1,1,1]>(r, w2, b2) y = Relu(b) }"""
+PLAIN_WEIGHTS: Weights = {"w1": (16, 16, 3, 3), "b1": (16,), "w2": (16, 16, 3, 3), "b2": (16,)}
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("activation", ["Relu", "Silu"])
+def test_a_residual_network(residual_model: Callable, tmp_path: Path, sm: str, activation: str) -> None:
+    built = check(residual_model(activation=activation), tmp_path, sm=(sm,), student=activation == "Relu")
+    assert built.audit.activation_counts() == {activation.lower(): 5}
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_separable_convolutions_with_relu6(tmp_path: Path, sm: str) -> None:
+    built = check(parse(SEPARABLE, SEPARABLE_WEIGHTS), tmp_path, sm=(sm,))
+    assert built.audit.activation_counts() == {"clip": 5}
+
+
+@pytest.mark.parametrize("groups", [2, 16])
+def test_grouped_convolutions(tmp_path: Path, groups: int) -> None:
+    text = """(float[1,3,32,32] x) => (float[1,64,32,32] y) {
+      [stem] a = Conv<pads=[1,1,1,1]>(x, w1, b1) r = Relu(a)
+      [grouped] b = Conv<pads=[1,1,1,1], group=%d>(r, w2, b2) r2 = Relu(b)
+      [last] c = Conv(r2, w3, b3) y = Relu(c) }"""
+    weights: Weights = {"w1": (64, 3, 3, 3), "b1": (64,), "w2": (64, 64 // groups, 3, 3), "b2": (64,),
+                        "w3": (64, 64, 1, 1), "b3": (64,)}  # fmt: skip
+    check(parse(text % groups, weights), tmp_path)
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_a_unet_keeps_its_conv_transpose_in_float_and_says_so(tmp_path: Path, sm: str) -> None:
+    model = parse(UNET, UNET_WEIGHTS)
+    _, report = quantize(model, measured(model), target="tensorrt-rtx")
+    (left,) = [layer for layer in report.layers if not layer.int8]
+    assert "TensorRT-RTX 1.7 computes every ConvTranspose in float" in left.reason
+    check(model, tmp_path, sm=(sm,), floats=("up",))
+
+
+@pytest.mark.parametrize(("groups", "stride", "size"), [(1, 2, 2), (1, 2, 4), (32, 2, 2), (1, 1, 3)])
+def test_the_compiler_does_ignore_qdq_on_conv_transpose(tmp_path: Path, groups: int, stride: int, size: int) -> None:
+    """What place.py says of this compiler. When this fails with a newer one, the quantiser may promise int8 there."""
+    text = f"""(float[1,32,8,8] x) => (float[1,32,H,W] y) {{
+      [c1] a = Conv(x, w1) r = Relu(a) [up] b = ConvTranspose<strides=[{stride},{stride}], group={groups}>(r, w2)
+      y = Relu(b) }}"""
+    model = parse(text, {"w1": (32, 32, 1, 1), "w2": (32, 32 // groups, size, size)})
+    # The data-centre library gets the same number format, and Q/DQ on its ConvTranspose.
+    quantized, report = quantize(model, measured(model), target="tensorrt")
+    assert report.int8_layers == 2
+    built = build(quantized, tmp_path)
+    assert [(layer.name, layer.precision) for layer in built.audit.linear] == [("c1", "int8"), ("up", "fp32")]
+    with pytest.raises(CheckFailedError, match=r"ConvTranspose 'up' has quantised operands, but runs in fp32"):
+        build(quantized, tmp_path, require_int8=True)
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_a_perceptron(tmp_path: Path, sm: str) -> None:
+    text = """(float[4,64] x) => (float[4,10] y) {
+      [fc1] h = Gemm<transB=1>(x, w1, b1) r = Relu(h) [fc2] h2 = Gemm(r, w2, b2) r2 = Relu(h2)
+      [fc3] y = Gemm<transB=1, alpha=2.0>(r2, w3, b3) }"""
+    weights: Weights = {"w1": (128, 64), "b1": (128,), "w2": (128, 96), "b2": (96,), "w3": (10, 96), "b3": (10,)}
+    check(parse(text, weights), tmp_path, sm=(sm,))
+
+
+def test_gemm_of_a_transposed_input(tmp_path: Path) -> None:
+    """ONNX Runtime has no integer kernel for it; this compiler has."""
+    text = "(float[64,4] x) => (float[4,10] y) { [fc1] h = Gemm<transA=1>(x, w1) r = Relu(h) [fc2] y = Gemm(r, w2) }"
+    model = parse(text, {"w1": (64, 128), "w2": (128, 10)})
+    check(model, tmp_path)
+    reasons = {layer.name: layer.reason for layer in quantize(model, measured(model), target="ort")[1].layers}
+    assert reasons == {"fc1": "ONNX Runtime has no integer Gemm with transA", "fc2": ""}
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize(("activation", "kind"), [("f2 = Relu(f1)", "relu"), (GELU, "erf")])
+def test_a_transformer_encoder(tmp_path: Path, activation: str, kind: str, sm: str) -> None:
+    model = parse(ENCODER % (2, 2, activation), ENCODER_WEIGHTS)
+    built = check(model, tmp_path, student=kind == "relu", floats=("scores", "mix"), sm=(sm,))
+    assert built.audit.activation_counts() == {kind: 1}
+
+
+def test_a_transformer_encoder_of_any_batch(tmp_path: Path) -> None:
+    model = parse(ENCODER % ("B", "B", "f2 = Relu(f1)"), ENCODER_WEIGHTS)
+    shapes = {"x": ShapeRange((1, 32, 64), (2, 32, 64), (4, 32, 64))}
+    built = check(model, tmp_path, floats=("scores", "mix"), shapes=shapes)
+    assert built.audit.activation_counts() == {"relu": 1}
+
+
+def test_one_dimensional_convolutions(tmp_path: Path) -> None:
+    text = """(float[1,16,128] x) => (float[1,32,64] y) {
+      [c1] a = Conv<pads=[2,2]>(x, w1, b1) r = Relu(a) [c2] b = Conv<strides=[2], pads=[1,1]>(r, w2, b2) r2 = Relu(b)
+      [depthwise] c = Conv<pads=[1,1], group=32>(r2, w3, b3) r3 = Relu(c) [c4] y = Conv(r3, w4, b4) }"""
+    weights: Weights = {"w1": (32, 16, 5), "b1": (32,), "w2": (32, 32, 3), "b2": (32,), "w3": (32, 1, 3), "b3": (32,),
+                        "w4": (32, 32, 1), "b4": (32,)}  # fmt: skip
+    check(parse(text, weights), tmp_path)
+
+
+def test_dynamic_batch(residual_model: Callable, tmp_path: Path) -> None:
+    shapes = {"x": ShapeRange((1, 3, 16, 16), (4, 3, 16, 16), (8, 3, 16, 16))}
+    built = check(residual_model(batch="N"), tmp_path, shapes=shapes)
+    assert built.inputs[0].shape == ("N", 3, 16, 16)
+    single = check(residual_model(), tmp_path).audit.bytes_moved
+    assert built.audit.bytes_moved is not None
+    assert single is not None
+    # Counted at the optimum, 4: activations four times, weights once.
+    assert 3 * single < built.audit.bytes_moved < 4 * single
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 21])
+def test_opsets(residual_model: Callable, tmp_path: Path, opset: int) -> None:
+    check(residual_model(opset=opset), tmp_path)
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_half_weights(residual_model: Callable, tmp_path: Path, sm: str) -> None:
+    model = residual_model()
+    ranges = measured(model)
+    for tensor in model.graph.initializer:
+        if tensor.name not in ("scales", "roi"):  # operands of Resize are float32 in every network
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    quantized, report = quantize(model, ranges, target="tensorrt-rtx", check_ranges=False)
+    built = build(quantized, tmp_path, sm=(sm,))
+    assert broken_promises(report, quantized, built, student=True) == []
+    assert built.audit.int8 == 6
+
+
+def test_prelu_is_int8_and_no_relu(tmp_path: Path) -> None:
+    text = PLAIN.replace("Relu(a)", "PRelu(a, s)").replace("Relu(b)", "PRelu(b, s)")
+    slopes = np.full((16, 1, 1), 0.2, np.float32)
+    built = check(parse(text, {**PLAIN_WEIGHTS, "s": slopes}), tmp_path, student=False)
+    assert built.audit.activation_counts() == {"prelu": 2}
+    assert len(built.audit.left) == 2
+
+
+@pytest.mark.parametrize("zeros", [slice(5, 6), slice(None)])
+def test_channels_without_weights(tmp_path: Path, zeros: slice) -> None:
+    kernel = np.random.default_rng(3).normal(0, 0.1, (16, 16, 3, 3)).astype(np.float32)
+    kernel[zeros] = 0
+    check(parse(PLAIN, {**PLAIN_WEIGHTS, "w1": kernel}), tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 33])
+def test_channels_that_fill_no_tile(tmp_path: Path, channels: int) -> None:
+    text = f"""(float[1,{channels},16,16] x) => (float[1,{channels},16,16] y) {{
+      [c1] a = Conv<pads=[1,1,1,1]>(x, w1) r = Relu(a) [c2] b = Conv(r, w2) y = Relu(b) }}"""
+    weights: Weights = {"w1": (channels, channels, 3, 3), "w2": (channels, channels, 1, 1)}
+    check(parse(text, weights), tmp_path)
+
+
+# What follows shows that the checks above can fail.
+
+
+def test_a_layer_without_qdq_is_seen(residual_model: Callable, tmp_path: Path) -> None:
+    model = residual_model()
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx")
+    conv = next(node for node in quantized.graph.node if node.name == "fuse")
+    source = {output: node for node in quantized.graph.node for output in node.output}
+    quantizer = source[source[conv.input[0]].input[0]]
+    conv.input[0] = quantizer.input[0]
+    found = broken_promises(report, quantized, build(quantized, tmp_path), student=True)
+    assert len(found) == 1
+    assert found[0].startswith("fuse: int8 True in the report, ")
+
+
+def test_a_report_that_is_too_modest_is_seen(residual_model: Callable, tmp_path: Path) -> None:
+    model = residual_model()
+    ranges = measured(model)
+    quantized, _ = quantize(model, ranges, target="tensorrt-rtx")
+    _, modest = quantize(model, ranges, target="tensorrt-rtx", keep_float=["fuse"])
+    found = broken_promises(modest, quantized, build(quantized, tmp_path), student=True)
+    assert found == ["fuse: int8 False in the report, int8 in the engine"]
+
+
+def test_an_activation_left_in_is_seen(residual_model: Callable, tmp_path: Path) -> None:
+    model = residual_model(activation="Silu")
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx")
+    found = broken_promises(report, quantized, build(quantized, tmp_path), student=True)
+    assert len(found) == 5
+    assert all(line.startswith("silu ") for line in found)
