@@ -47,7 +47,7 @@ def audit_graph(optimised: onnx.ModelProto, source: onnx.ModelProto) -> Audit:
         kernels=sum(node.op_type != "Constant" for node in nodes),
         linear=linear,
         activations=tuple(found for node in nodes for found in _activations(node, names)),
-        islands=_islands(list(optimised.graph.node)),
+        islands=_islands(list(optimised.graph.node), _whole_numbers(optimised)),
     )
 
 
@@ -98,10 +98,19 @@ def _activations(node: onnx.NodeProto, names: set[str]) -> Iterable[Activation]:
         yield Activation(_original(node.name, names), kind, f"{node.op_type} {node.name}")
 
 
-def _islands(nodes: list[onnx.NodeProto]) -> tuple[str, ...]:
-    """Groups of float nodes that lie between quantised ones: with integers somewhere before and after them."""
+def _islands(nodes: list[onnx.NodeProto], whole: set[str]) -> tuple[str, ...]:
+    """Groups of float nodes that lie between quantised ones: with integers somewhere before and after them.
+
+    Args:
+        nodes: Of the main graph, sorted.
+        whole: Tensors known to hold no floats: a MaxPool over codes is no island, nor is the arithmetic of shapes.
+    """
     before, after = _reached(nodes, forward=True), _reached(nodes[::-1], forward=False)
-    inside = [node for node in nodes if node.name in before & after and not _is_integer(node)]
+    inside = [
+        node
+        for node in nodes
+        if node.name in before & after and not _is_integer(node) and not whole.issuperset(filter(None, node.output))
+    ]
     made_by = {output: node.name for node in inside for output in node.output}
     leader = {node.name: node.name for node in inside}
 
@@ -162,6 +171,12 @@ def _types(model: onnx.ModelProto) -> dict[str, str]:
     found = {value.name: _FLOATS.get(value.type.tensor_type.elem_type) for value in values}
     found.update({tensor.name: _FLOATS.get(tensor.data_type) for tensor in model.graph.initializer})
     return {name: kind for name, kind in found.items() if kind}
+
+
+def _whole_numbers(model: onnx.ModelProto) -> set[str]:
+    """Tensors whose type the graph tells and which is no float: codes, indices, shapes, masks."""
+    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    return {v.name for v in values if v.type.tensor_type.elem_type not in (onnx.TensorProto.UNDEFINED, *_FLOATS)}
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -141,3 +142,20 @@ def test_a_large_engine_keeps_its_weights_beside_it(
     data.unlink()
     with pytest.raises(EngineError, match="weights are missing"), get_backend("ort").open(tmp_path / "e.onnx"):
         pass
+
+
+def test_pooling_of_codes_and_arithmetic_of_shapes_are_no_islands(network: Callable[..., Any], tmp_path: Path) -> None:
+    net = network(integer_bias=True, dtype="uint8")
+    first = net.node("Conv", "first", net.qdq("x", "in"), net.weight("w0", (8, 8, 3, 3)), net.bias("b0", 8))
+    pooled = net.node("MaxPool", "pool", net.qdq(first, "mid"), kernel_shape=[2, 2])
+    size = net.node("Div", "divide", net.node("Shape", "size", "x"), net.constant("one", np.int64([1, 1, 1, 1])))
+    shape = net.node(
+        "Concat", "shape", net.node("Gather", "batch", size, net.constant("0", np.int64([0]))),
+        net.constant("rest", np.int64([8, -1, 1])), axis=0,
+    )  # fmt: skip
+    flat = net.node("Reshape", "reshape", net.qdq(pooled, "pooled"), shape)
+    last = net.node("Conv", "last", net.qdq(flat, "flat"), net.weight("w1", (4, 8, 1, 1)), net.bias("b1", 4))
+    report = build(net.model(net.qdq(last, "out"), "N", 8, 16, 16), tmp_path, require_int8=True)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "e.onnx").graph.node]
+    assert {"MaxPool", "Div", "QLinearConv"} <= set(kinds)
+    assert report.audit.islands == ()
