@@ -18,7 +18,7 @@ from relu_deploy.demo.run import SM, DemoReport
 from relu_deploy.flow import EngineBuilt
 from relu_deploy.report import to_json
 
-NO_GPU = "No GPU was used: these engines were built and read, not run, so there is no speed to tell."
+NO_GPU = f"no GPU: the TensorRT-RTX engines (SM {SM}) were built and read, not run; their speed is not known"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +116,14 @@ def render(report: DemoReport) -> RenderableType:
 def facts(report: DemoReport) -> Iterator[str]:
     """Sentences below the tables."""
     yield f"ReLU over SiLU, both INT8: {format_ratio(report.student_over_original)} times as fast"
+    yield "a ratio is the median over rounds, so it may differ a little from the quotient of two FPS"
     collapsed = report.builds["student.int8.ort.onnx"].quantize
     if collapsed is not None:
         yield (
             f"the student's quantiser replaced {len(collapsed.dropped_activations)} ReLU; "
             f"weights have {collapsed.weight_bits} bits on this CPU"
         )
-    yield report.without_rtx or NO_GPU.replace("these engines", f"the TensorRT-RTX engines (SM {SM})")
+    yield report.without_rtx or NO_GPU
     machine = report.machine
     vnni = "with VNNI" if any("vnni" in flag for flag in machine.flags) else "without VNNI"
     yield f"{machine.cpu} {vnni}, {machine.logical_cpus} processors; onnxruntime {machine.packages.get('onnxruntime')}"
@@ -145,7 +146,7 @@ def write_pages(report: DemoReport) -> None:
     found = rows(report)
     values: dict[str, Any] = {
         "report": report, "rows": found, "engines": compiled(report), "facts": list(facts(report)),
-        "fastest": max(row.value for row in found), "files": _files(report), "no_gpu": NO_GPU,
+        "fastest": max(row.value for row in found), "files": _files(report),
     }  # fmt: skip
     for name in ("index.html", "README.md"):
         write_text(report.folder / name, environment.get_template(f"{name}.j2").render(values) + "\n")

@@ -34,6 +34,7 @@ SM = "89"  # an RTX 4090, the card of the paper's tables
 # Bytes are read off the plan at the shape the engine is made fastest for.
 SHAPES = {INPUT: ShapeRange((1, 1, 32, 32), (1, 1, 32, 32), (64, 1, 32, 32))}
 CALIBRATION_IMAGES = 256
+NEEDED = ("torch", "onnxscript", "safetensors", "sklearn", "jinja2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +89,12 @@ def run_demo(folder: Path, *, seed: int = 0, bench_seconds: float = 5.0, progres
         progress: Told of every step.
 
     Raises:
-        MissingExtraError: torch or scikit-learn is not installed.
+        MissingExtraError: one of ``NEEDED`` is not installed.
         ToolkitError: any step's own errors.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise MissingExtraError("torch", extra="demo", purpose="the demo")
+    for package in NEEDED:  # told now, not after the training
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, extra="demo", purpose="the demo")
     make_folder(folder)
     make_folder(folder / "data")
     digits = load_digits(seed=seed)
