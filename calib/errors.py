@@ -6,6 +6,11 @@ what failed, on which file or tensor, and the fix. A bug is any other exception 
 
 from __future__ import annotations
 
+import re
+
+# What onnxruntime puts in front of its messages; it tells a user nothing.
+_RUNTIME_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
 
 class ToolkitError(Exception):
     """Something a user can mend.
@@ -56,3 +61,19 @@ class MissingExtraError(ToolkitError):
             f"{purpose} needs the package {package!r}, which is not installed",
             hint=f"pip install 'relu-deploy[{extra}]'",
         )
+
+
+def message_of(error: BaseException) -> str:
+    """All of a library's message, without the code that onnxruntime puts in front of its own."""
+    return _RUNTIME_CODE.sub("", str(error)).strip()
+
+
+def first_line(error: BaseException, *, limit: int = 400) -> str:
+    r"""The first line of a library's message, which says what failed; the lines after it are usually a stack.
+
+    >>> first_line(RuntimeError("[ONNXRuntimeError] : 1 : FAIL : no such node\n  at graph.cc:12"))
+    'no such node'
+    >>> first_line(ValueError())
+    'no reason given'
+    """
+    return (message_of(error).splitlines() or ["no reason given"])[0].strip()[:limit]

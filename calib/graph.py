@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 import onnx
 
 from calib.errors import CalibrationError
+from calib.model import first_quantized
 
-_QUANTIZED = ("QLinear", "QAttention", "QGemm")
-_QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 _CHANNELS_SECOND = (
     "Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "GroupNormalization", "LRN",
@@ -28,23 +27,18 @@ _KEEPS_INFINITY = (
 )  # fmt: skip
 
 
-def default_opset(model: onnx.ModelProto) -> int:
-    """Version of the standard operators; 0 when the model imports none."""
-    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-
-
 def refuse_quantized(model: onnx.ModelProto) -> None:
     """Refuse a network that is quantised already: its activations are codes, and their ranges are settled.
 
     Raises:
         CalibrationError: names the first quantised operator.
     """
-    for node in model.graph.node:
-        if node.op_type in _QUANTIZED_OPS or node.op_type.startswith(_QUANTIZED):
-            raise CalibrationError(
-                f"the model is quantised already: node {node.name or node.output[0]!r} is a {node.op_type}",
-                hint="calibrate the float model that it was made from",
-            )
+    node = first_quantized(model)
+    if node is not None:
+        raise CalibrationError(
+            f"the model is quantised already: node {node.name or node.output[0]!r} is a {node.op_type}",
+            hint="calibrate the float model that it was made from",
+        )
 
 
 def activations(model: onnx.ModelProto) -> list[str]:

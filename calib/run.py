@@ -16,8 +16,9 @@ from onnx import helper
 from calib.batches import Batch, batches
 from calib.errors import CalibrationError, DataError
 from calib.fingerprint import combine, model_fingerprint, sample_hash, to_hex
-from calib.graph import activations, channel_axes, default_opset, leads_only_to_softmax, producer, refuse_quantized
+from calib.graph import activations, channel_axes, leads_only_to_softmax, producer, refuse_quantized
 from calib.inputs import InputSpec, Sample, model_inputs
+from calib.model import opset
 from calib.observers import Observer, Tensor, make_observer, widened
 from calib.progress import Progress, silent
 from calib.ranges import EMPTY, METHODS, Ranges
@@ -126,11 +127,11 @@ class _Meter:
         self, model: onnx.ModelProto, watched: list[_Watched], skipped: dict[str, str], *, threads: int | None
     ) -> None:
         self._model, self._watched, self._skipped, self._threads = model, watched, skipped, threads
-        opset = default_opset(model)
-        nodes = [node for w in watched for node in (*w.observer.nodes(opset or 17), _sum_node(w))]
+        version = opset(model)
+        nodes = [node for w in watched for node in (*w.observer.nodes(version or 17), _sum_node(w))]
         self._outputs = [name for w in watched for name in (*w.observer.outputs, w.total)]
         instrumented = with_outputs(model, self._outputs, nodes)
-        if not opset:
+        if not version:
             instrumented.opset_import.append(helper.make_opsetid("", 17))
         self._session = Session(instrumented, threads=threads)
         self._exact: Session | None = None

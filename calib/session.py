@@ -11,21 +11,51 @@ from typing import Any
 
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from calib.errors import CalibrationError
+from calib.errors import CalibrationError, message_of
+from calib.model import fits_one_message
+from calib.runtime import RUNTIME_ERRORS
 
-PROTOBUF_LIMIT = (1 << 31) - 1
-_ERRORS = (
-    ort_errors.EPFail, ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
-    ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
-)  # fmt: skip
 _AT_NODE = re.compile(r"running (?P<op>\S+) node\. Name:'(?P<name>[^']*)' Status Message: (?P<why>.*)", re.DOTALL)
 # Of a failed check the runtime gives source file, line and C++ signature before what a person can read.
 _CXX = re.compile(r"^\S+:\d+ .*? was false\.\s*", re.DOTALL)
-_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+def open_session(model: onnx.ModelProto, *, optimise: bool = False, threads: int | None = None) -> ort.InferenceSession:
+    """Open a model in memory on the CPU, to look at what it computes; engines that are timed are opened from files.
+
+    Args:
+        model: One past what a protobuf message can hold goes through a temporary folder.
+        optimise: Let the runtime fuse operators; without it, each node runs as it is written.
+        threads: None: one a core.
+
+    Raises:
+        RUNTIME_ERRORS: the runtime cannot load it; the caller knows what that means for the user.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # failures are raised, and our message says more than the log line
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads or 0
+    # Memory patterns hold every activation at once: 455 MB against 325 on a detector of 280 tensors.
+    options.enable_mem_pattern = False
+    with _loadable(model) as loadable:
+        return ort.InferenceSession(loadable, options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _loadable(model: onnx.ModelProto) -> Iterator[bytes | str]:
+    """The model as bytes; past what one message can hold, as a temporary file with its weights beside it."""
+    if fits_one_message(model):
+        yield model.SerializeToString()
+        return
+    with tempfile.TemporaryDirectory(prefix="calib-") as folder:
+        path = Path(folder) / "model.onnx"
+        stored = onnx.ModelProto()
+        stored.CopyFrom(model)
+        onnx.save_model(stored, path, save_as_external_data=True, location="weights", size_threshold=1024)
+        yield str(path)
 
 
 class Session:
@@ -35,18 +65,11 @@ class Session:
     written. What is measured costs more than what fusion would save.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, threads: int | None = None, limit: int = PROTOBUF_LIMIT) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # failures are raised, and our message says more than the log line
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads or 0
-        # Memory patterns hold every activation at once: 455 MB against 325 on a detector of 280 tensors.
-        options.enable_mem_pattern = False
+    def __init__(self, model: onnx.ModelProto, *, threads: int | None = None) -> None:
         try:
-            with _loadable(model, limit) as loadable:
-                self._session = ort.InferenceSession(loadable, options, providers=["CPUExecutionProvider"])
-        except _ERRORS as error:
-            raise CalibrationError(f"onnxruntime cannot load the model: {_CODE.sub('', str(error)).strip()}") from error
+            self._session = open_session(model, threads=threads)
+        except RUNTIME_ERRORS as error:
+            raise CalibrationError(f"onnxruntime cannot load the model: {message_of(error)}") from error
 
     def describe(self) -> dict[str, tuple[str, Sequence[Any]]]:
         """Type and shape of each output, as the runtime inferred them. A shape of no axes may also mean: not known."""
@@ -60,30 +83,12 @@ class Session:
         """
         try:
             values: list[Any] = self._session.run(list(outputs), dict(feeds))
-        except _ERRORS as error:
-            text = _CODE.sub("", str(error)).strip()
+        except RUNTIME_ERRORS as error:
+            text = message_of(error)
             if match := _AT_NODE.search(text):
                 text = f"{match['op']} node {match['name']!r}: {_CXX.sub('', match['why']).strip()}"
             raise CalibrationError(f"the network fails on {what}, at {text}") from error
         return values
-
-
-@contextlib.contextmanager
-def _loadable(model: onnx.ModelProto, limit: int) -> Iterator[bytes | str]:
-    """The model as bytes; past what one message can hold, as a temporary file with its weights beside it."""
-    try:
-        data = model.SerializeToString()
-    except (EncodeError, ValueError):
-        data = b""
-    if data and len(data) <= limit:
-        yield data
-        return
-    with tempfile.TemporaryDirectory(prefix="calib-") as folder:
-        path = Path(folder) / "model.onnx"
-        stored = onnx.ModelProto()
-        stored.CopyFrom(model)
-        onnx.save_model(stored, path, save_as_external_data=True, location="weights", size_threshold=1024)
-        yield str(path)
 
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str], nodes: Iterable[onnx.NodeProto] = ()) -> onnx.ModelProto:

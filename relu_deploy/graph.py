@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -17,17 +16,37 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper
 from onnx.version_converter import ConvertError
 
+from calib.errors import first_line
 from calib.files import atomic_path, check_writable
+from calib.model import PROTOBUF_LIMIT, STANDARD_DOMAINS, all_nodes, fits_one_message, opset, tensor_bytes
 from relu_deploy.errors import FileError, ModelError
 
-# A protobuf message cannot be longer; what is larger keeps its weights in external data.
-PROTOBUF_LIMIT = (1 << 31) - 1
 # Far above any network that runs on one card, far below what a forged length could make us allocate.
 MAX_EXTERNAL_BYTES = 1 << 36
 # What onnxruntime 1.20 to 1.31 and TensorRT 10 to 11 read; older files load too, newer ones are refused by name.
 MAX_IR_VERSION = onnx.IR_VERSION
 MIN_OPSET = 7
-STANDARD_DOMAINS = ("", "ai.onnx")
+
+__all__ = [
+    "MAX_EXTERNAL_BYTES",
+    "MAX_IR_VERSION",
+    "MIN_OPSET",
+    "PROTOBUF_LIMIT",
+    "all_nodes",
+    "check_model",
+    "check_versions",
+    "convert_opset",
+    "count_ops",
+    "export_graph",
+    "fits_one_message",
+    "import_graph",
+    "load_model",
+    "name_nodes",
+    "opset",
+    "parse_model",
+    "save_model",
+    "tensor_bytes",
+]
 
 
 def load_model(path: Path) -> onnx.ModelProto:
@@ -82,11 +101,10 @@ def check_model(model: onnx.ModelProto, source: Path | str) -> None:
     # The checker knows only the standard operators; a graph with others is checked as far as they allow.
     foreign = any(node.domain not in (*STANDARD_DOMAINS, "ai.onnx.ml") for node in all_nodes(model.graph))
     try:
-        if tensor_bytes(model) < PROTOBUF_LIMIT - (1 << 24):
+        if fits_one_message(model):
             onnx.checker.check_model(model, full_check=not foreign)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{source} is not a valid ONNX model: {first}") from error
+        raise ModelError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
 
 
 def check_versions(model: onnx.ModelProto, source: Path | str) -> None:
@@ -108,11 +126,6 @@ def check_versions(model: onnx.ModelProto, source: Path | str) -> None:
         )
 
 
-def opset(model: onnx.ModelProto) -> int:
-    """Version of the default operator set; 0 when the model imports none."""
-    return max((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), default=0)
-
-
 def convert_opset(model: onnx.ModelProto, *, lowest: int, source: Path | str = "the model") -> onnx.ModelProto:
     """Lift a model to opset ``lowest`` when it is older; a newer one is returned as it is.
 
@@ -124,9 +137,8 @@ def convert_opset(model: onnx.ModelProto, *, lowest: int, source: Path | str = "
     try:
         converted = onnx.version_converter.convert_version(model, lowest)
     except (RuntimeError, IndexError, ValueError, ConvertError, onnx.checker.ValidationError) as error:
-        first = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{source} uses opset {opset(model)} and cannot be lifted to {lowest}: {first}",
+            f"{source} uses opset {opset(model)} and cannot be lifted to {lowest}: {first_line(error)}",
             hint=f"export the model again with opset {lowest} or newer",
         ) from error
     converted.metadata_props.extend(p for p in model.metadata_props if p not in converted.metadata_props)
@@ -141,7 +153,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
         FileError: ``path`` cannot be written.
     """
     check_writable(path)
-    if tensor_bytes(model) < PROTOBUF_LIMIT - (1 << 24):
+    if fits_one_message(model):
         with atomic_path(path) as temporary:
             temporary.write_bytes(model.SerializeToString(deterministic=True))
         return
@@ -196,32 +208,12 @@ def name_nodes(graph: onnx.GraphProto) -> None:
         taken.add(node.name)
 
 
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Every node of a graph and of the graphs inside its attributes (If, Loop, Scan)."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            inner: Iterable[onnx.GraphProto] = (
-                [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-            )
-            for subgraph in inner:
-                yield from all_nodes(subgraph)
-
-
 def count_ops(model: onnx.ModelProto) -> dict[str, int]:
     """How many nodes of each operator type the main graph holds."""
     counts: dict[str, int] = {}
     for node in model.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return counts
-
-
-def tensor_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of all tensors; a lower bound of the file size that does not serialise anything."""
-    return sum(
-        len(t.raw_data) or t.ByteSize()
-        for t in external_data_helper._get_all_tensors(model)  # noqa: SLF001
-    )
 
 
 def _load_external_data(model: onnx.ModelProto, path: Path) -> None:

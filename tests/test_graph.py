@@ -51,7 +51,7 @@ def test_external_data_is_read_into_the_model(external, model):
 
 
 def test_large_models_get_external_data(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(files, "PROTOBUF_LIMIT", (1 << 24) + 100)
+    monkeypatch.setattr("calib.model.PROTOBUF_LIMIT", (1 << 24) + 100)
     files.save_model(model, tmp_path / "big.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
     monkeypatch.undo()

@@ -9,8 +9,10 @@ from typing import Any
 
 import onnxruntime as ort
 
+from calib.errors import first_line
+from calib.runtime import RUNTIME_ERRORS
 from relu_deploy.engines.base import TensorSpec
-from relu_deploy.engines.ort import RUNTIME_ERRORS, OrtEngine
+from relu_deploy.engines.ort import OrtEngine
 from relu_deploy.errors import EngineError
 
 _DTYPES = {
@@ -42,7 +44,7 @@ def open_onnx(path: Path, *, threads: int) -> Iterator[OrtEngine]:
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
-        raise EngineError(f"onnxruntime cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+        raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
     inputs, outputs = (tuple(_spec(v) for v in values) for values in (session.get_inputs(), session.get_outputs()))
     yield OrtEngine(session, inputs, outputs)
 

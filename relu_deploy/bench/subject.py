@@ -12,12 +12,12 @@ import onnx
 from onnx import external_data_helper
 
 from calib.files import read_json
+from calib.model import first_quantized
 from relu_deploy.bench.protocol import PLAIN_ONNX
 from relu_deploy.engines.manifest import manifest_path, read_manifest
 from relu_deploy.errors import EngineError, FileError
-from relu_deploy.graph import all_nodes, load_model, parse_model
+from relu_deploy.graph import load_model, parse_model
 
-_INT8_OPS = ("QuantizeLinear", "DequantizeLinear", "ConvInteger", "MatMulInteger", "QGemm", "DynamicQuantizeLinear")
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
@@ -93,7 +93,7 @@ def unique_names(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
 
 def onnx_precision(model: onnx.ModelProto) -> str:
     """The number format of most of a network's work, from its operators and weights."""
-    if any(node.op_type in _INT8_OPS or node.op_type.startswith("QLinear") for node in all_nodes(model.graph)):
+    if first_quantized(model) is not None:
         return "int8"
     return _widest_share((tensor.data_type, int(np.prod(tensor.dims))) for tensor in model.graph.initializer)
 

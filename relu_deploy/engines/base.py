@@ -15,7 +15,7 @@ import onnx
 
 from relu_deploy.engines.audit import Audit
 from relu_deploy.errors import DataError, EngineError
-from relu_deploy.graph import PROTOBUF_LIMIT, tensor_bytes
+from relu_deploy.graph import fits_one_message
 from relu_deploy.targets import TARGETS, Target
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -234,7 +234,7 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, npt.NDArray[A
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with shapes where onnx can tell them, as far as it is small enough to be serialised for that."""
-    if tensor_bytes(model) > PROTOBUF_LIMIT - (1 << 24):
+    if not fits_one_message(model):
         return model
     try:
         return onnx.shape_inference.infer_shapes(model)

@@ -16,7 +16,7 @@ from relu_deploy.engines.audit import Audit, disagreements
 from relu_deploy.engines.base import BuildConfig, BuildReport, model_io
 from relu_deploy.engines.manifest import data_path, manifest_path, write_manifest
 from relu_deploy.errors import CheckFailedError
-from relu_deploy.graph import PROTOBUF_LIMIT, load_model, name_nodes, save_model, tensor_bytes
+from relu_deploy.graph import fits_one_message, load_model, name_nodes, save_model, tensor_bytes
 
 # Turns a model (its bytes, or a file when it is too large for one protobuf) into an engine at a path.
 Compile = Callable[["bytes | Path", Path], Audit]
@@ -102,7 +102,7 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
 @contextlib.contextmanager
 def _source(model: onnx.ModelProto, folder: Path) -> Iterator[bytes | Path]:
     """The model as bytes; as a file with external data when it is too large for one protobuf."""
-    if tensor_bytes(model) < PROTOBUF_LIMIT - (1 << 24):
+    if fits_one_message(model):
         yield model.SerializeToString()
         return
     with tempfile.TemporaryDirectory(dir=folder, prefix="source.") as inner:

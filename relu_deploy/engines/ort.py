@@ -10,8 +10,9 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as _errors
 
+from calib.errors import first_line
+from calib.runtime import RUNTIME_ERRORS
 from relu_deploy.engines.audit import Audit
 from relu_deploy.engines.base import Arrays, BuildConfig, BuildReport, TensorSpec, check_feeds
 from relu_deploy.engines.build import Compile, build_engine
@@ -20,11 +21,6 @@ from relu_deploy.engines.ort_audit import audit_graph
 from relu_deploy.errors import EngineError
 from relu_deploy.graph import PROTOBUF_LIMIT, parse_model
 
-# onnxruntime's exceptions have no common base but Exception.
-RUNTIME_ERRORS: tuple[type[Exception], ...] = (
-    _errors.Fail, _errors.InvalidArgument, _errors.InvalidGraph, _errors.InvalidProtobuf, _errors.NotImplemented,
-    _errors.RuntimeException, _errors.EPFail, _errors.NoSuchFile, _errors.NoModel, _errors.EngineError,
-)  # fmt: skip
 _EXTERNAL = "session.optimized_model_external_initializers_"
 
 
@@ -58,7 +54,7 @@ class OrtEngine:
         try:
             values: Sequence[Any] = self._session.run(self._names, dict(feeds))
         except RUNTIME_ERRORS as error:
-            raise EngineError(f"onnxruntime failed: {_first_line(error)}") from error
+            raise EngineError(f"onnxruntime failed: {first_line(error)}") from error
         return dict(zip(self._names, values, strict=True))
 
 
@@ -83,7 +79,7 @@ def _compiler(model: onnx.ModelProto) -> Compile:
             onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except RUNTIME_ERRORS as error:
             raise EngineError(
-                f"onnxruntime cannot build this network: {_first_line(error)}",
+                f"onnxruntime cannot build this network: {first_line(error)}",
                 hint="the message names the node; is the opset newer than this onnxruntime reads?",
             ) from error
         return audit_graph(parse_model(out), model)
@@ -104,10 +100,5 @@ def _session(engine: Path, threads: int | None) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(engine), options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
         raise EngineError(
-            f"onnxruntime cannot load {engine}: {_first_line(error)}", hint="build it again with this onnxruntime"
+            f"onnxruntime cannot load {engine}: {first_line(error)}", hint="build it again with this onnxruntime"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """The message of an onnxruntime error without its error-code prefix and its stack."""
-    return str(error).strip().splitlines()[0].split(" : ", maxsplit=3)[-1]

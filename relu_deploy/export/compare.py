@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,19 +10,17 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from calib.errors import first_line
+from calib.runtime import RUNTIME_ERRORS
+from calib.session import open_session
 from relu_deploy.errors import CheckFailedError, ExportError
 from relu_deploy.export.report import OutputCheck
 from relu_deploy.export.samples import Sample
 from relu_deploy.export.specs import format_shape
-from relu_deploy.graph import PROTOBUF_LIMIT, save_model
 
-# What a session raises; each is a subclass of Exception of its own.
-_ORT_ERRORS = (
-    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
-    ort_errors.NotImplemented, ort_errors.RuntimeException, ort_errors.EPFail, RuntimeError,
-)  # fmt: skip
+# The runtime's Python side raises plain RuntimeErrors for feeds it cannot read.
+_ORT_ERRORS: tuple[type[Exception], ...] = (*RUNTIME_ERRORS, RuntimeError)
 
 Array = npt.NDArray[Any]
 
@@ -89,7 +85,7 @@ class Comparison:
             actual = self._session.run(None, {name: sample.feeds[name] for name in self._used})
         except _ORT_ERRORS as error:
             raise CheckFailedError(
-                f"the exported file does not run where the model does, at {sample.title}: {_first_line(error)}",
+                f"the exported file does not run where the model does, at {sample.title}: {first_line(error)}",
                 hint="the exporter fixed something that depends on the input; no file was written",
             ) from error
         for name, ours, theirs in zip(self._outputs, actual, expected, strict=True):
@@ -180,23 +176,13 @@ def run_torch(reference: Callable[..., Any], sample: Sample) -> Any:
         return reference(*(torch.from_numpy(array.copy()) for array in sample.feeds.values()))
     except (RuntimeError, IndexError, ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
         raise ExportError(
-            f"the torch model itself fails at {sample.title}: {type(error).__name__}: {_first_line(error)}",
+            f"the torch model itself fails at {sample.title}: {type(error).__name__}: {first_line(error)}",
             hint="check --input and --dynamic; integers take a range, NAME=1x16:int64:0..99",
         ) from error
 
 
 def _open(model: onnx.ModelProto) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only: the check below says what matters
     try:
-        if model.ByteSize() < PROTOBUF_LIMIT:
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(model, Path(folder) / "model.onnx")
-            return ort.InferenceSession(str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        return open_session(model, optimise=True)  # as a user will run it
     except _ORT_ERRORS as error:
-        raise CheckFailedError(f"ONNX Runtime cannot load what was exported: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:400]
+        raise CheckFailedError(f"ONNX Runtime cannot load what was exported: {first_line(error)}") from error

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from calib.errors import first_line
+from calib.runtime import RUNTIME_ERRORS
+from calib.session import open_session
 from relu_deploy.passes.dead import drop_detached
 from relu_deploy.report import PassReport, Skip
 
@@ -23,10 +24,6 @@ FREE_BYTES = 1 << 16
 _NEVER = (
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike",
     "RandomUniformLike", "Bernoulli", "Multinomial", "If", "Loop", "Scan",
-)  # fmt: skip
-_ORT_FAILURES = (
-    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.NotImplemented,
-    ort_errors.RuntimeException, ort_errors.InvalidProtobuf,
 )  # fmt: skip
 
 
@@ -115,14 +112,10 @@ def _compute(node: gs.Node, graph: gs.Graph) -> np.ndarray | None:
         raise _CannotFoldError("the size of its result is not known beforehand")
     if size > max(FREE_BYTES, taken):
         raise _CannotFoldError(f"its result has {size} bytes, more than the {taken} it is computed from")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        result = session.run(None, {})[0]
-    except _ORT_FAILURES as error:
-        raise _CannotFoldError(f"ONNX Runtime cannot compute it: {str(error).splitlines()[0][:120]}") from error
+        result = open_session(model, optimise=True, threads=1).run(None, {})[0]
+    except RUNTIME_ERRORS as error:
+        raise _CannotFoldError(f"ONNX Runtime cannot compute it: {first_line(error, limit=120)}") from error
     return np.asarray(result)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_graphsurgeon as gs
 
-from relu_deploy.graph import PROTOBUF_LIMIT
+from relu_deploy.graph import fits_one_message
 
 
 def annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
@@ -16,7 +16,7 @@ def annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
         model: Not changed. One past 2 GiB, or that onnx cannot infer, is left as it is: passes then refuse what needs
             a shape, and say so.
     """
-    if model.ByteSize() > PROTOBUF_LIMIT:
+    if not fits_one_message(model):
         return
     try:
         inferred = gs.import_onnx(onnx.shape_inference.infer_shapes(model, data_prop=True)).tensors()

@@ -11,17 +11,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from calib.errors import first_line
+from calib.runtime import RUNTIME_ERRORS
+from calib.session import open_session
 from relu_deploy.errors import CheckFailedError
-from relu_deploy.graph import PROTOBUF_LIMIT
 
 Feed = Mapping[str, np.ndarray]
-
-ORT_FAILURES = (
-    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.NotImplemented,
-    ort_errors.RuntimeException, ort_errors.InvalidProtobuf,
-)  # fmt: skip
 
 # Relative to the largest magnitude of an output, where a pass reorders roundings (BatchNormalization folded, a lerp
 # removed): each layer adds a few units of roundoff, 2**-24 in float32, and a hundred layers stay under this; a wrong
@@ -35,6 +31,7 @@ DISCRETE_TOLERANCE = 0.01
 # Sizes tried for dimensions that the model leaves open; text recognisers want 48 rows, most detectors multiples of 32.
 _BATCHES, _SIZES = (2, 1), (32, 48, 64, 224, 16, 8, 128, 1)
 _SCALES = (0.1, 1.0, 10.0)
+_NOT_RUNNABLE: tuple[type[Exception], ...] = (*RUNTIME_ERRORS, KeyError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +87,10 @@ def compare(
     Raises:
         CheckFailedError: the rewritten network does not load or run, or an output differs by more than allowed.
     """
-    if max(original.ByteSize(), rewritten.ByteSize()) > PROTOBUF_LIMIT:
-        return Verification(0, note="a model past 2 GiB cannot be handed to ONNX Runtime in memory")
     try:
-        before = _session(original)
-    except ORT_FAILURES as error:
-        return Verification(0, note=f"ONNX Runtime cannot load the original: {_first_line(error)}")
+        before = open_session(original)
+    except RUNTIME_ERRORS as error:
+        return Verification(0, note=f"ONNX Runtime cannot load the original: {first_line(error)}")
     feeds = list(samples) if samples is not None else _random_feeds(original, before, seed)
     runs, note = _run_both(before, rewritten, feeds)
     if not runs:
@@ -120,9 +115,9 @@ class _Run:
 def _own_noise(original: onnx.ModelProto, runs: list[_Run]) -> dict[int, float]:
     """How far rounding alone moves each output: the original against itself under ONNX Runtime's own fusions."""
     try:
-        session = _session(original, optimise=True)
+        session = open_session(original, optimise=True)
         again = [session.run(None, dict(run.feed)) for run in runs]
-    except ORT_FAILURES:
+    except RUNTIME_ERRORS:
         return {}
     return {
         i: _difference(output.name, [(run.old[i], other[i]) for run, other in zip(runs, again, strict=True)])
@@ -133,25 +128,25 @@ def _own_noise(original: onnx.ModelProto, runs: list[_Run]) -> dict[int, float]:
 def _run_both(before: ort.InferenceSession, rewritten: onnx.ModelProto, feeds: list[Feed]) -> tuple[list[_Run], str]:
     """Outputs of both networks for every feed on which the original is finite; and what was left out."""
     try:
-        after = _session(rewritten)
-    except ORT_FAILURES as error:
-        raise CheckFailedError(f"ONNX Runtime does not load the rewritten network: {_first_line(error)}") from error
+        after = open_session(rewritten)
+    except RUNTIME_ERRORS as error:
+        raise CheckFailedError(f"ONNX Runtime does not load the rewritten network: {first_line(error)}") from error
     runs: list[_Run] = []
     note = "" if feeds else "no random input was found that the original accepts"
     for feed in feeds:
         try:
             old = before.run(None, dict(feed))
-        except ORT_FAILURES as error:
-            note = f"the original does not run: {_first_line(error)}"
+        except RUNTIME_ERRORS as error:
+            note = f"the original does not run: {first_line(error)}"
             continue
         if not all(np.isfinite(value).all() for value in old if _is_float(value)):
             note = "samples on which the original itself gives NaN or Inf were left out"
             continue
         try:
             runs.append(_Run(feed, old, after.run(None, dict(feed))))
-        except ORT_FAILURES as error:
+        except RUNTIME_ERRORS as error:
             raise CheckFailedError(
-                f"the rewritten network fails where the original runs: {_first_line(error)}"
+                f"the rewritten network fails where the original runs: {first_line(error)}"
             ) from error
     return runs, note
 
@@ -197,22 +192,13 @@ def _is_float(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-def _session(model: onnx.ModelProto, *, optimise: bool = False) -> ort.InferenceSession:
-    """Without graph optimisation by default: nodes that were not touched then run the same kernels in both networks."""
-    options = ort.SessionOptions()
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def _random_feeds(model: onnx.ModelProto, session: ort.InferenceSession, seed: int) -> list[Feed]:
     """Random inputs of the first open sizes that the original runs with; empty when there are none."""
     for sizes in itertools.product(_BATCHES, _SIZES):
         feeds = list(_feeds_of_size(model, sizes, np.random.default_rng(seed)))
         try:
             session.run(None, dict(feeds[1]))
-        except (*ORT_FAILURES, KeyError):
+        except _NOT_RUNNABLE:
             if not _has_open_dimension(model):
                 return []
             continue
@@ -248,7 +234,3 @@ def _random_array(
     if dtype.kind != "f":
         return np.zeros(shape, dtype=dtype)
     return np.asarray(random.normal(0.0, scale, shape)).astype(dtype)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

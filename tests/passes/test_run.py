@@ -142,6 +142,19 @@ def test_given_samples_are_used():
         compare(right, other, exact=True, samples=[{"x": -np.ones((1, 4), np.float32)}])
 
 
+def test_networks_past_what_a_message_holds_are_compared_too(monkeypatch):
+    # Of such a network ByteSize raises instead of answering.
+    monkeypatch.setattr("calib.model.PROTOBUF_LIMIT", 1 << 24)
+    monkeypatch.setattr(onnx.ModelProto, "ByteSize", lambda self: 1 / 0, raising=False)
+    after, report = rewrite(parse(BASE.format("y = Max(x, z)").replace("y) {", "y) <float z = {0}> {")))
+    assert count_ops(after) == {"Relu": 1}
+    assert report.verification is not None
+    assert report.verification.samples == 3
+    right, wrong = parse(BASE.format("y = Relu(x)")), parse(BASE.format("y = Abs(x)"))
+    with pytest.raises(CheckFailedError, match="output 'y'"):
+        compare(right, wrong, exact=True)
+
+
 def test_reports_are_frozen():
     report = rewrite(parse(BASE.format("y = Relu(x)")))[1]
     with pytest.raises(dataclasses.FrozenInstanceError):
