@@ -29,9 +29,9 @@ MOVING_OPS = (
 INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
 # Quantised after the last linear layer too, when their inputs are: their output range is their inputs' own.
 TAIL_OPS = ("Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Relu", "Clip")
-# TensorRT-RTX 1.7.1 reads a ConvTranspose with Q/DQ and then silently multiplies in float. Tried: SM 89 and 120, kernels
-# 1 to 4, strides 1 and 2, with and without groups, per-channel and per-tensor weights, float32 and float16; some of it
-# stands in tests/engines/test_quantizer_engines.py. The data-centre library was not tried, so it keeps its Q/DQ.
+# TensorRT-RTX 1.7.1 reads a ConvTranspose with Q/DQ, then silently multiplies in float. Tried: SM 89 and 120; kernels
+# of 1 to 4, strides 1 and 2, with and without groups; weights per channel and per tensor; float32 and float16. Part is
+# in tests/engines/test_quantizer_engines.py. The data-centre library was not tried: it keeps its Q/DQ.
 _FLOAT_CONV_TRANSPOSE: dict[str, str] = {
     "ort": "ONNX Runtime has no integer ConvTranspose",
     "tensorrt-rtx": "TensorRT-RTX 1.7 computes every ConvTranspose in float, also one with Q/DQ",
