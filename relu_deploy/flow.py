@@ -114,10 +114,11 @@ def build_engine(
         ToolkitError: any step's own errors; nothing is left of an engine that failed.
     """
     check_writable(out)
-    backend = get_backend(config.target)  # a missing package is told before minutes of calibration, not after
+    backend = get_backend(config.target)
     if keep is not None:
         make_folder(keep)
     original = load_model(model)
+    backend.check(original, config)  # told before minutes of calibration, not after
     if int8 is not None:
         refuse_quantized(original)
     rewritten, rewrite_report = rewrite(original)

@@ -156,6 +156,18 @@ class Engine(Protocol):
 class Backend(Protocol):
     """A target: builds engines and opens them."""
 
+    def check(self, model: onnx.ModelProto, config: BuildConfig) -> None:
+        """Refuse a build that cannot succeed, before anyone calibrates for it; compiles nothing.
+
+        Args:
+            model: What will be built, or the float network it will be made from: the inputs are the same.
+            config: As for :meth:`build`.
+
+        Raises:
+            EngineError: a shape range is missing or does not fit, or the compiler does not know the card.
+            MissingExtraError, BackendUnavailableError: the package or the GPU it needs is not there.
+        """
+
     def build(self, model: Path | onnx.ModelProto, out: Path, config: BuildConfig) -> BuildReport:
         """Compile ``model`` into ``out``, with its manifest ``<out>.json`` beside it; both whole or not at all.
 

@@ -27,6 +27,9 @@ _EXTERNAL = "session.optimized_model_external_initializers_"
 class OrtBackend:
     """Builds and opens engines of target ``ort``."""
 
+    def check(self, model: onnx.ModelProto, config: BuildConfig) -> None:
+        """ONNX Runtime takes dynamic shapes as they are, and is always there."""
+
     def build(self, model: Path | onnx.ModelProto, out: Path, config: BuildConfig) -> BuildReport:
         """Optimise a model offline. See :meth:`relu_deploy.engines.base.Backend.build`."""
         versions = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}

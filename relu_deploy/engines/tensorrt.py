@@ -36,11 +36,23 @@ class TensorRTBackend:
     def __init__(self, flavour: Flavour) -> None:
         self.flavour = flavour
 
-    def build(self, model: Path | onnx.ModelProto, out: Path, config: BuildConfig) -> BuildReport:
-        """Compile a plan. See :meth:`relu_deploy.engines.base.Backend.build`."""
+    def check(self, model: onnx.ModelProto, config: BuildConfig) -> None:
+        """Refuse a build that cannot succeed. See :meth:`relu_deploy.engines.base.Backend.check`."""
+        trt = self._load()
+        _check_shapes(model, config)
+        if config.target == "tensorrt-rtx":
+            _capabilities(trt, config)
+
+    def _load(self) -> Any:
+        """TensorRT's module, ready to build."""
         trt = load_tensorrt(self.flavour, purpose=f"building for {self.flavour}")
         if self.flavour == "tensorrt":
             require_gpu("building with the data-centre TensorRT, which times kernels on the card,")
+        return trt
+
+    def build(self, model: Path | onnx.ModelProto, out: Path, config: BuildConfig) -> BuildReport:
+        """Compile a plan. See :meth:`relu_deploy.engines.base.Backend.build`."""
+        trt = self._load()
         versions = {trt.__name__: str(trt.__version__), "onnx": onnx.__version__}
         return build_engine(
             model, out, config, versions=versions, compile_=lambda loaded: _compiler(trt, loaded, config)
@@ -229,14 +241,8 @@ def _settings(trt: Any, builder: Any, model: onnx.ModelProto, config: BuildConfi
     settings.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if config.target == "tensorrt-rtx":
         settings.num_compute_capabilities = len(config.sm)
-        for index, sm in enumerate(config.sm):
-            known = trt.ComputeCapability.__members__
-            if f"SM{sm}" not in known:
-                supported = ", ".join(name[2:] for name in sorted(known, key=len) if name.startswith("SM"))
-                raise EngineError(
-                    f"{trt.__name__} {trt.__version__} cannot build for SM {sm}", hint=f"one of {supported}"
-                )
-            settings.set_compute_capability(known[f"SM{sm}"], index)
+        for index, capability in enumerate(_capabilities(trt, config)):
+            settings.set_compute_capability(capability, index)
     if config.optimization_level is not None:
         settings.builder_optimization_level = config.optimization_level
     if config.workspace_mib is not None:
@@ -245,16 +251,24 @@ def _settings(trt: Any, builder: Any, model: onnx.ModelProto, config: BuildConfi
     return settings
 
 
-def _add_profile(builder: Any, settings: Any, model: onnx.ModelProto, config: BuildConfig) -> None:
-    """One optimisation profile for all dynamic inputs."""
+def _capabilities(trt: Any, config: BuildConfig) -> list[Any]:
+    """TensorRT's names of the compute capabilities asked for."""
+    known = trt.ComputeCapability.__members__
+    for sm in config.sm:
+        if f"SM{sm}" not in known:
+            supported = ", ".join(name[2:] for name in sorted(known, key=len) if name.startswith("SM"))
+            raise EngineError(f"{trt.__name__} {trt.__version__} cannot build for SM {sm}", hint=f"one of {supported}")
+    return [known[f"SM{sm}"] for sm in config.sm]
+
+
+def _check_shapes(model: onnx.ModelProto, config: BuildConfig) -> None:
+    """Refuse shape ranges that are missing, or do not fit the inputs."""
     inputs = {spec.name: spec for spec in model_io(model)[0]}
     unknown = [name for name in config.shapes if name not in inputs]
     if unknown:
         raise EngineError(f"no input is called {unknown[0]!r}", hint=f"the inputs are {', '.join(inputs)}")
-    profile = builder.create_optimization_profile()
-    dynamic = [spec for spec in inputs.values() if spec.dynamic]
-    for spec in dynamic:
-        if spec.name not in config.shapes:
+    for spec in inputs.values():
+        if spec.dynamic and spec.name not in config.shapes:
             like = "x".join(str(axis) if isinstance(axis, int) else "1" for axis in spec.shape)
             raise EngineError(
                 f"input {spec.name!r} is dynamic, {list(spec.shape)}, and TensorRT needs the range of its shapes",
@@ -267,8 +281,15 @@ def _add_profile(builder: Any, settings: Any, model: onnx.ModelProto, config: Bu
             for axis, low, middle, high in zip(wanted, shapes.minimum, shapes.optimum, shapes.maximum, strict=True)
         ):
             raise EngineError(f"the shape range of {name!r} does not fit {list(wanted)}: {shapes}")
+
+
+def _add_profile(builder: Any, settings: Any, model: onnx.ModelProto, config: BuildConfig) -> None:
+    """One optimisation profile for all dynamic inputs."""
+    _check_shapes(model, config)
+    profile = builder.create_optimization_profile()
+    for name, shapes in config.shapes.items():
         profile.set_shape(name, shapes.minimum, shapes.optimum, shapes.maximum)
-    if dynamic and settings.add_optimization_profile(profile) < 0:
+    if any(spec.dynamic for spec in model_io(model)[0]) and settings.add_optimization_profile(profile) < 0:
         raise EngineError(
             "TensorRT refused the shape ranges", hint="every MIN <= OPT <= MAX has to make sense together"
         )
