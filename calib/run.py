@@ -230,7 +230,9 @@ def _discover(
     skipped = {n: f"its type is {_OTHER_FLOATS[found[n][0]]}" for n in made if found[n][0] in _OTHER_FLOATS}
     wanted = {name: dtype for name, dtype in dtypes.items() if dtype in _FLOATS.values()}
     ranks = {name: first.feeds[name].ndim if name in fed else len(found[name][1]) for name in wanted}
-    unknown = [name for name in wanted if name not in fed and not ranks[name]]
+    # The shape of an output is what the file says of it, which exporters get wrong and the runtime only warns of.
+    declared = {value.name for value in model.graph.output}
+    unknown = [name for name in wanted if name not in fed and (not ranks[name] or name in declared)]
     if unknown:
         values = session.run(unknown, first.feeds, first.samples[0].origin)
         ranks.update({name: np.ndim(value) for name, value in zip(unknown, values, strict=True)})

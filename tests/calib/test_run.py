@@ -144,6 +144,15 @@ def test_ranks_that_no_inference_knows_are_seen_by_running():
     assert found.channel_max.tolist() == [3, 7, 11]
 
 
+def test_the_shape_that_a_file_claims_of_an_output_is_not_believed():
+    """torch wrote ``(1, width)`` for an output of three axes; the runtime only warns, so it was measured wrongly."""
+    model = parse("g (float[1, 4, 6] x) => (float[1, 6] y) <int64[3] s = {-1, 1, 6}> { y = Reshape(x, s) }")
+    ranges = measure(model, np.arange(48, dtype=np.float32).reshape(2, 4, 6))
+    y = ranges.tensors["y"]
+    assert (y.min, y.max, y.axis) == (0.0, 47.0, 2)
+    assert np.array_equal(y.channel_max, np.arange(42.0, 48.0))
+
+
 def test_tensors_without_elements():
     model = parse("""g (float[N, 3] x) => (float[M, 3] z, float[N, 3] y)
     { nine = Constant<value_float = 9.0>() y = Relu(x) c = ReduceMax<axes = [1], keepdims = 0>(x)
