@@ -8,13 +8,18 @@ import numpy as np
 
 from calib.inputs import InputSpec, Sample
 from relu_deploy.bench.feeds import Feeds, Shape
-from relu_deploy.bench.protocol import TensorSpec
 from relu_deploy.errors import DataError
+from relu_deploy.tensors import TensorSpec
 
 
 def input_specs(specs: Sequence[TensorSpec]) -> tuple[InputSpec, ...]:
     """What a source must deliver for an engine with these inputs."""
-    return tuple(InputSpec(spec.name, np.dtype(spec.dtype), spec.shape) for spec in specs)
+    return tuple(
+        InputSpec(
+            spec.name, np.dtype(spec.dtype), tuple(axis if isinstance(axis, int) else None for axis in spec.shape)
+        )
+        for spec in specs
+    )
 
 
 def shapes_of_data(specs: Sequence[TensorSpec], samples: Iterable[Sample], batch: int | None) -> dict[str, Shape]:
@@ -34,7 +39,7 @@ def shapes_of_data(specs: Sequence[TensorSpec], samples: Iterable[Sample], batch
     shapes = {}
     for spec in specs:
         own = first.feeds[spec.name].shape
-        if None in spec.shape:
+        if spec.dynamic:
             joined = own[:1] if first.whole or batch is None or not own else (batch,)
             shapes[spec.name] = (*joined, *own[1:])
     return shapes

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 import relu_deploy.errors
 from calib.errors import ToolkitError
-from relu_deploy.bench.protocol import TensorSpec
 from relu_deploy.bench.subject import Subject
 from relu_deploy.errors import EngineError, FileError
+from relu_deploy.tensors import TensorSpec
 
 _TAIL_LINES, _TAIL_CHARACTERS = 8, 1500
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relu_deploy.bench.protocol import TensorSpec
 from relu_deploy.errors import DataError
+from relu_deploy.tensors import TensorSpec
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -62,7 +62,7 @@ def _implied_batch(specs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> 
     """What the first axes say that are fixed, by the caller or by the network; 1 if none is."""
     for spec in specs:
         first = shapes[spec.name][:1] if spec.name in shapes else spec.shape[:1]
-        if len(spec.shape) >= 2 and first and first[0] is not None:
+        if len(spec.shape) >= 2 and first and isinstance(first[0], int):
             return int(first[0])
     return 1
 
@@ -70,26 +70,23 @@ def _implied_batch(specs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> 
 def _resolve(spec: TensorSpec, batch: int, given: Shape | None) -> Shape:
     if given is not None:
         return _checked(spec, batch, given)
-    if len(spec.shape) >= 2 and spec.shape[0] not in (None, batch):
+    if len(spec.shape) >= 2 and isinstance(spec.shape[0], int) and spec.shape[0] != batch:
         raise DataError(
             f"input {spec} has a fixed batch of {spec.shape[0]}; {batch} was asked for",
             hint=f"use --batch {spec.shape[0]}, or export the network with a dynamic batch",
         )
-    shape = tuple(batch if index == 0 and axis is None else axis for index, axis in enumerate(spec.shape))
-    if None in shape:
-        example = "x".join(str(axis) if axis is not None else "N" for axis in shape)
+    shape = tuple(batch if index == 0 and isinstance(axis, str) else axis for index, axis in enumerate(spec.shape))
+    if any(isinstance(axis, str) for axis in shape):
+        example = "x".join(str(axis) if isinstance(axis, int) else "N" for axis in shape)
         raise DataError(
             f"input {spec} has dynamic axes besides the batch, and their extent decides the speed",
             hint=f"give the shape: --shape {spec.name}={example} with numbers for N",
         )
-    return tuple(int(axis) for axis in shape if axis is not None)
+    return tuple(int(axis) for axis in shape)
 
 
 def _checked(spec: TensorSpec, batch: int, given: Shape) -> Shape:
-    fits = len(given) == len(spec.shape) and all(
-        want in (None, got) for want, got in zip(spec.shape, given, strict=True)
-    )
-    if not fits or min(given, default=1) < 1:
+    if not spec.accepts(given) or min(given, default=1) < 1:
         raise DataError(f"the shape {'x'.join(map(str, given))} does not fit input {spec}")
     if len(given) >= 2 and given[0] != batch:
         raise DataError(
@@ -140,11 +137,8 @@ def check_same_inputs(original: Sequence[TensorSpec], engine: Sequence[TensorSpe
         if np.dtype(spec.dtype) != np.dtype(plan.dtype) and {np.dtype(d).kind for d in (spec.dtype, plan.dtype)} != {
             "f"
         }:
-            raise DataError(f"its input {spec} takes {spec.dtype}; the original takes {plan.dtype}")
-        fits = len(spec.shape) == len(plan.shape) and all(
-            want in (None, got) for want, got in zip(spec.shape, plan.shape, strict=True)
-        )
-        if not fits:
+            raise DataError(f"its input {spec.name!r} takes {spec.dtype}; the original takes {plan.dtype}")
+        if not spec.accepts(plan.shape):
             raise DataError(
                 f"its input {spec} cannot take the shape {'x'.join(map(str, plan.shape))} that is measured",
                 hint="choose --batch and --shape so that every engine takes them",

@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
-from calib.errors import first_line
-from calib.runtime import RUNTIME_ERRORS
-from relu_deploy.engines.base import TensorSpec
-from relu_deploy.engines.ort import OrtEngine
+from relu_deploy.engines.ort import OrtEngine, open_file
 from relu_deploy.errors import EngineError
+from relu_deploy.tensors import TensorSpec
 
 _DTYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(bool)": "bool",
@@ -26,25 +22,13 @@ _DTYPES = {
 def open_onnx(path: Path, *, threads: int) -> Iterator[OrtEngine]:
     """Open an ONNX file with every optimisation and a pinned number of threads.
 
-    The session is wrapped as the ``ort`` backend wraps its own, so that both pay the same for a call.
-
-    Threads do not spin while they wait, as in the backend: a spinning pool keeps burning its cores for a while after a
-    run has ended, and that while belongs to the next engine's round.
+    It is opened and wrapped as the ``ort`` backend opens and wraps its own engines, so that both pay the same for a
+    call and their threads wait alike.
 
     Raises:
         EngineError: ONNX Runtime cannot load it.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except RUNTIME_ERRORS as error:
-        raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
+    session = open_file(path, threads=threads)
     inputs, outputs = (tuple(_spec(v) for v in values) for values in (session.get_inputs(), session.get_outputs()))
     yield OrtEngine(session, inputs, outputs)
 

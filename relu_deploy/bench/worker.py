@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calib.errors import ToolkitError
-from relu_deploy.bench.protocol import MAX_RUNS, PLAIN_ONNX, Runnable, TensorSpec
+from relu_deploy.bench.protocol import MAX_RUNS, PLAIN_ONNX, Runnable
 from relu_deploy.errors import EngineError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -110,8 +110,8 @@ class Session:
         start = time.perf_counter()
         self._engine = self._stack.enter_context(open_engine(Path(engine), target, threads))
         return {
-            "inputs": [dataclasses.asdict(TensorSpec.of(spec)) for spec in self.engine.inputs],
-            "outputs": [dataclasses.asdict(TensorSpec.of(spec)) for spec in self.engine.outputs],
+            "inputs": [dataclasses.asdict(spec) for spec in self.engine.inputs],
+            "outputs": [dataclasses.asdict(spec) for spec in self.engine.outputs],
             "seconds": time.perf_counter() - start,
             "clock": "engine" if callable(getattr(self.engine, "time", None)) else "host",
         }

@@ -82,7 +82,7 @@ def _render(report: ExportReport) -> Group:
     table = Table("output", "dtype", "worst error", "allowed")
     for check in report.outputs:
         table.add_row(check.name, check.dtype, f"{check.worst:.2g}", f"{check.limit:.2g}")
-    inputs = ", ".join(f"{t.name} {t.dtype} {'x'.join(map(str, t.shape))}" for t in report.inputs)
+    inputs = ", ".join(map(str, report.inputs))
     lines = [
         f"{report.source} -> {report.path} (opset {report.opset}, IR {report.ir_version}, {report.exporter})",
         f"inputs: {inputs}",

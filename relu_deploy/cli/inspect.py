@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from relu_deploy.cli.common import INPUT_FILE, emit, json_option
-from relu_deploy.engines.base import TensorSpec
 from relu_deploy.engines.inspect import Inspection, inspect_engine
 
 # So many lines of a kind are printed before `--layers` is pointed to.
@@ -58,8 +57,8 @@ def _summary(found: Inspection) -> Table:
         "engine": f"{found.engine} ({found.engine_bytes / 1e6:.2f} MB)",
         "target": found.target + (f", SM {', '.join(found.sm)}" if found.sm else ""),
         "built with": ", ".join(f"{name} {version}" for name, version in found.versions.items()) or "not known",
-        "inputs": ", ".join(map(_spec, found.inputs)) or "not known",
-        "outputs": ", ".join(map(_spec, found.outputs)) or "not known",
+        "inputs": ", ".join(map(str, found.inputs)) or "not known",
+        "outputs": ", ".join(map(str, found.outputs)) or "not known",
         "int8 layers": f"{audit.int8} of {len(audit.linear)} linear layers",
         "activations": counts or "none",
         "nodes" if found.target == "ort" else "kernels": "not known" if audit.kernels is None else str(audit.kernels),
@@ -102,8 +101,3 @@ def _listing(title: str, lines: list[str], *, full: bool) -> list[Text]:
     shown = lines if full else lines[:_FEW]
     more = [Text(f"  ... and {len(lines) - len(shown)} more (--layers shows all)")] if len(shown) < len(lines) else []
     return [Text(f"{title} ({len(lines)}):", style="bold"), *(Text(f"  {line}") for line in shown), *more]
-
-
-def _spec(spec: TensorSpec) -> str:
-    """``x float32[1, 3, 8, 8]``."""
-    return f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]"

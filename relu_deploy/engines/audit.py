@@ -11,10 +11,6 @@ import dataclasses
 from collections import Counter
 from typing import Literal
 
-import onnx
-
-from relu_deploy.engines.promise import ACTIVATIONS, Promises
-
 UNKNOWN = "unknown"
 # What a ReLU student may still hold: a ReLU, or the clipping that a ReLU6 (or a quantiser) is.
 RELU_KINDS = frozenset({"relu", "clip"})
@@ -101,37 +97,3 @@ class Audit:
     def activation_counts(self) -> dict[str, int]:
         """Kind -> number, most frequent first."""
         return dict(Counter(activation.kind for activation in self.activations).most_common())
-
-
-def disagreements(model: onnx.ModelProto, audit: Audit, *, student: bool = False) -> tuple[str, ...]:
-    """Compare what a Q/DQ network promised with what the compiler did.
-
-    Args:
-        model: What was compiled. Every Conv, ConvTranspose, Gemm and MatMul whose operands both come from a
-            DequantizeLinear promises to run in int8.
-        audit: What the compiler did with it.
-        student: The network is a ReLU student, so that no activation but ReLU may be left at all. Otherwise only
-            kinds of activation that the network does not hold are reported.
-
-    Returns:
-        One sentence for each disagreement; empty when all is as promised.
-    """
-    promises = Promises(model)
-    found, by_name = list(audit.conflicts), {layer.name: layer for layer in audit.linear}
-    for name, op in promises.int8.items():
-        layer = by_name.get(name)
-        if layer is None:
-            found.append(f"{op} {name!r} has quantised operands, but the engine holds no kernel that names it")
-        elif layer.precision != "int8":
-            reason = layer.reason or promises.why_float(name) or "the reason is not known"
-            found.append(f"{op} {name!r} has quantised operands, but runs in {layer.precision}: {reason}")
-    own = {ACTIVATIONS[node.op_type] for node in promises.nodes.values() if node.op_type in ACTIVATIONS}
-    # Compilers respell: x * sigmoid(x) becomes a SiLU, and a GELU is computed from erf or tanh.
-    own |= {"silu", "hardsigmoid"} if own & {"sigmoid", "silu", "hardswish", "hardsigmoid"} else set()
-    own |= {"gelu", "erf", "tanh"} if own & {"gelu", "erf", "tanh", "mish"} else set()
-    for activation in audit.left:
-        if student:
-            found.append(f"{activation.kind} {activation.name!r} is still computed in a ReLU student")
-        elif activation.kind not in own:
-            found.append(f"{activation.kind} {activation.name!r} is computed, but the network holds none")
-    return tuple(found)

@@ -1,4 +1,7 @@
-"""What every target shares: how a build is asked for, what it reports, and how an engine is opened and run."""
+"""What every target shares: how a build is asked for, what it reports, and how an engine is opened and run.
+
+Opening and running imports neither onnx nor graphsurgeon: a process that only runs engines starts without them.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,19 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
-import onnx
 
 from relu_deploy.engines.audit import Audit
 from relu_deploy.errors import DataError, EngineError
-from relu_deploy.graph import fits_one_message
 from relu_deploy.targets import TARGETS, Target
+from relu_deploy.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """One input or output.
-
-    Attributes:
-        name: As in the ONNX file.
-        shape: A number for each fixed axis, a name (or ``?``) for each that is known only at run time; ``...`` alone
-            where not even the number of axes is known.
-        dtype: numpy's name: ``float32``, ``float16``, ``int64``, ...
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether any axis is known only at run time."""
-        return any(isinstance(axis, str) for axis in self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,15 +192,6 @@ def get_backend(target: str) -> Backend:
     raise EngineError(f"unknown target {target!r}", hint=f"one of {', '.join(TARGETS)}")
 
 
-def model_io(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs (without initializers that old files list among them) and outputs of a model."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    if not all(value.type.tensor_type.HasField("shape") for value in model.graph.output):
-        model = _inferred(model)
-    inputs = tuple(_spec(value) for value in model.graph.input if value.name not in stored)
-    return inputs, tuple(_spec(value) for value in model.graph.output)
-
-
 def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, npt.NDArray[Any]]) -> None:
     """Refuse feeds that do not fit, before a runtime says so in its own words.
 
@@ -229,44 +203,12 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, npt.NDArray[A
     if missing or unknown:
         wrong = [f"missing {', '.join(missing)}"] if missing else []
         wrong += [f"unknown {', '.join(unknown)}"] if unknown else []
-        raise DataError(
-            f"wrong inputs: {'; '.join(wrong)}", hint=f"the engine takes {', '.join(map(_describe, specs))}"
-        )
+        raise DataError(f"wrong inputs: {'; '.join(wrong)}", hint=f"the engine takes {', '.join(map(str, specs))}")
     for spec in specs:
         value = feeds[spec.name]
-        fits = len(value.shape) == len(spec.shape) and all(
-            isinstance(want, str) or want == have for want, have in zip(spec.shape, value.shape, strict=True)
-        )
+        fits = spec.accepts(value.shape)
         if not fits or value.dtype.name != spec.dtype:
             raise DataError(
-                f"input {spec.name!r} is {value.dtype.name}{list(value.shape)}; the engine takes {_describe(spec)}",
+                f"input {spec.name!r} is {value.dtype.name}{list(value.shape)}; the engine takes {spec}",
                 hint=f"convert it with .astype({spec.dtype!r})" if fits else None,
             )
-
-
-def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with shapes where onnx can tell them, as far as it is small enough to be serialised for that."""
-    if not fits_one_message(model):
-        return model
-    try:
-        return onnx.shape_inference.infer_shapes(model)
-    except onnx.shape_inference.InferenceError:
-        return model
-
-
-def _describe(spec: TensorSpec) -> str:
-    """``name float32[N, 3, 8, 8]``."""
-    return f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]"
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    """The specification of a graph input or output."""
-    tensor = value.type.tensor_type
-    shape: tuple[int | str, ...] = ("...",)
-    if tensor.HasField("shape"):
-        shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
-    try:
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
-    except KeyError as error:
-        raise EngineError(f"{value.name!r} is not a tensor of a type that an engine can take or give") from error
-    return TensorSpec(value.name, shape, dtype)

@@ -12,11 +12,13 @@ import onnx
 
 from calib.files import atomic_path, check_writable
 from calib.fingerprint import model_fingerprint
-from relu_deploy.engines.audit import Audit, disagreements
-from relu_deploy.engines.base import BuildConfig, BuildReport, model_io
+from relu_deploy.engines.audit import Audit
+from relu_deploy.engines.base import BuildConfig, BuildReport
 from relu_deploy.engines.manifest import data_path, manifest_path, write_manifest
+from relu_deploy.engines.promise import disagreements
 from relu_deploy.errors import CheckFailedError
 from relu_deploy.graph import fits_one_message, load_model, name_nodes, save_model, tensor_bytes
+from relu_deploy.model_io import model_io
 
 # Turns a model (its bytes, or a file when it is too large for one protobuf) into an engine at a path.
 Compile = Callable[["bytes | Path", Path], Audit]

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from relu_deploy.engines.audit import Audit
-from relu_deploy.engines.base import BuildReport, ShapeRange, TensorSpec, model_io
+from relu_deploy.engines.base import BuildReport, ShapeRange
 from relu_deploy.engines.log import Log
 from relu_deploy.engines.manifest import manifest_path, read_manifest
 from relu_deploy.engines.ort_audit import audit_graph
@@ -14,6 +14,8 @@ from relu_deploy.engines.plan import read_plan
 from relu_deploy.engines.trt_audit import audit_engine
 from relu_deploy.errors import EngineError, FileError
 from relu_deploy.graph import load_model
+from relu_deploy.model_io import model_io
+from relu_deploy.tensors import TensorSpec
 
 # What a serialised plan starts with: TensorRT-RTX (seen in 1.7), TensorRT (8 and later).
 _MAGIC = {b"vtrt": "tensorrt-rtx", b"ftrt": "tensorrt"}

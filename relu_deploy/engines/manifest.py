@@ -8,10 +8,11 @@ from typing import Any
 
 from calib.files import read_json, sha256_file, write_json
 from relu_deploy.engines.audit import Activation, Audit, LinearLayer
-from relu_deploy.engines.base import BuildReport, ShapeRange, TensorSpec
+from relu_deploy.engines.base import BuildReport, ShapeRange
 from relu_deploy.errors import EngineError, FileError
 from relu_deploy.report import to_json
 from relu_deploy.targets import TARGETS
+from relu_deploy.tensors import TensorSpec
 
 FORMAT = 1
 
@@ -80,7 +81,7 @@ def _report(stored: Any) -> BuildReport:
         raise EngineError(f"unknown target {stored['target']!r}")
     values = {field.name: stored[field.name] for field in dataclasses.fields(BuildReport)}
     for name in ("inputs", "outputs"):
-        values[name] = tuple(TensorSpec(spec["name"], tuple(spec["shape"]), spec["dtype"]) for spec in stored[name])
+        values[name] = tuple(TensorSpec.from_json(spec) for spec in stored[name])
     values["shapes"] = {
         name: ShapeRange(*(tuple(entry[part]) for part in ("minimum", "optimum", "maximum")))
         for name, entry in stored["shapes"].items()

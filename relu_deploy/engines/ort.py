@@ -5,23 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
-import onnx
 import onnxruntime
 
 from calib.errors import first_line
 from calib.runtime import RUNTIME_ERRORS
-from relu_deploy.engines.audit import Audit
-from relu_deploy.engines.base import Arrays, BuildConfig, BuildReport, TensorSpec, check_feeds
-from relu_deploy.engines.build import Compile, build_engine
-from relu_deploy.engines.manifest import data_path, read_manifest
-from relu_deploy.engines.ort_audit import audit_graph
+from relu_deploy.engines.base import Arrays, BuildConfig, BuildReport, check_feeds
+from relu_deploy.engines.manifest import read_manifest
 from relu_deploy.errors import EngineError
-from relu_deploy.graph import PROTOBUF_LIMIT, parse_model
+from relu_deploy.tensors import TensorSpec
 
-_EXTERNAL = "session.optimized_model_external_initializers_"
+if TYPE_CHECKING:
+    import onnx
 
 
 class OrtBackend:
@@ -32,14 +29,16 @@ class OrtBackend:
 
     def build(self, model: Path | onnx.ModelProto, out: Path, config: BuildConfig) -> BuildReport:
         """Optimise a model offline. See :meth:`relu_deploy.engines.base.Backend.build`."""
-        versions = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
-        return build_engine(model, out, config, versions=versions, compile_=_compiler)
+        from relu_deploy.engines.ort_build import build_ort  # needs onnx, which running an engine does not
+
+        return build_ort(model, out, config)
 
     @contextlib.contextmanager
     def open(self, engine: Path, *, threads: int | None = None) -> Iterator[OrtEngine]:
         """Load an engine. See :meth:`relu_deploy.engines.base.Backend.open`."""
         report = read_manifest(engine)
-        yield OrtEngine(_session(engine, threads), report.inputs, report.outputs)
+        session = open_file(engine, threads=threads, hint="build it again with this onnxruntime")
+        yield OrtEngine(session, report.inputs, report.outputs)
 
 
 class OrtEngine:
@@ -61,37 +60,17 @@ class OrtEngine:
         return dict(zip(self._names, values, strict=True))
 
 
-def _compiler(model: onnx.ModelProto) -> Compile:
-    """Optimise ``model`` with the ``extended`` level of graph optimisation.
+def open_file(path: Path, *, threads: int | None, hint: str | None = None) -> onnxruntime.InferenceSession:
+    """A session to be timed, of an engine or of a plain ONNX file: both pay the same for a call.
 
-    That level turns Q/DQ into integer operators and fuses what fuses. The levels above it (``layout`` and ``all``)
-    write the channel order and blocking of the CPU that builds into the file, which another CPU could not load or
-    would run slowly; they are applied again when the engine is opened, on the CPU that runs it.
+    Args:
+        path: ONNX file.
+        threads: Of one inference; None for one for each physical core.
+        hint: What to do where it cannot be loaded.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load it.
     """
-
-    def optimise(source: bytes | Path, out: Path) -> Audit:
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(out)
-        options.log_severity_level = 3
-        if isinstance(source, Path) or len(source) > PROTOBUF_LIMIT // 2:
-            options.add_session_config_entry(f"{_EXTERNAL}file_name", data_path(out).name)
-            options.add_session_config_entry(f"{_EXTERNAL}min_size_in_bytes", "1024")
-        given = str(source) if isinstance(source, Path) else source
-        try:
-            onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-        except RUNTIME_ERRORS as error:
-            raise EngineError(
-                f"onnxruntime cannot build this network: {first_line(error)}",
-                hint="the message names the node; is the opset newer than this onnxruntime reads?",
-            ) from error
-        return audit_graph(parse_model(out), model)
-
-    return optimise
-
-
-def _session(engine: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    """A session with pinned threads; ``threads`` is None for one for each physical core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -100,8 +79,6 @@ def _session(engine: Path, threads: int | None) -> onnxruntime.InferenceSession:
     # process halve each other's speed. During an inference spinning is what makes small layers fast.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return onnxruntime.InferenceSession(str(engine), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
-        raise EngineError(
-            f"onnxruntime cannot load {engine}: {first_line(error)}", hint="build it again with this onnxruntime"
-        ) from error
+        raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}", hint=hint) from error

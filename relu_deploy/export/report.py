@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from relu_deploy.tensors import TensorSpec
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputCheck:
@@ -21,21 +23,6 @@ class OutputCheck:
     dtype: str
     worst: float
     limit: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """An input of the file.
-
-    Attributes:
-        name: As the user gave it.
-        dtype: numpy's name.
-        shape: A number, or the name of a dynamic size.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +47,7 @@ class ExportReport:
     exporter: str
     opset: int
     ir_version: int
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
     outputs: tuple[OutputCheck, ...]
     samples: int
     notes: tuple[str, ...]

@@ -14,11 +14,12 @@ from calib.files import check_writable
 from calib.progress import Progress, silent
 from relu_deploy import __version__
 from relu_deploy.errors import ExportError
-from relu_deploy.export.report import ExportReport, OutputCheck, Tensor
+from relu_deploy.export.report import ExportReport, OutputCheck
 from relu_deploy.export.samples import make_sample, make_samples, traced_shapes
 from relu_deploy.export.source import require_torch
 from relu_deploy.export.specs import DynamicAxis, InputSpec, check_specs
 from relu_deploy.graph import check_model, name_nodes, save_model
+from relu_deploy.model_io import model_io
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +86,7 @@ def export_model(
     _sign(exported, title, exporter)
     check_model(exported, f"what the {exporter} exporter made of {title}")
     save_model(exported, out)
-    return ExportReport(out, title, exporter, opset, exported.ir_version, _inputs_of(exported), checks, samples, notes)
+    return ExportReport(out, title, exporter, opset, exported.ir_version, model_io(exported)[0], checks, samples, notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class _Job:
 
     def _symbols(self, exported: onnx.ModelProto) -> dict[tuple[str, int], str]:
         """What the file calls the size of each dynamic axis; an input it does not have varies alone."""
-        shapes = {tensor.name: tensor.shape for tensor in _inputs_of(exported)}
+        shapes = {tensor.name: tensor.shape for tensor in model_io(exported)[0]}
         return {
             (axis.input, axis.axis): str(shapes[axis.input][axis.axis])
             if axis.input in shapes
@@ -167,12 +168,3 @@ def _sign(model: onnx.ModelProto, title: str, exporter: str) -> None:
         model, {"producer": f"relu-deploy {__version__}", "source": source, "exporter": exporter}
     )
     name_nodes(model.graph)
-
-
-def _inputs_of(model: onnx.ModelProto) -> tuple[Tensor, ...]:
-    def describe(value: onnx.ValueInfoProto) -> Tensor:
-        tensor = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-        return Tensor(value.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))
-
-    return tuple(describe(value) for value in model.graph.input)

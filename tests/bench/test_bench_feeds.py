@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from calib.inputs import Sample
 from relu_deploy.bench.batches import iter_batches, shapes_of_data
 from relu_deploy.bench.feeds import InputPlan, cast_feeds, check_same_inputs, plan_inputs, random_feeds
-from relu_deploy.bench.protocol import TensorSpec
 from relu_deploy.errors import DataError
+from relu_deploy.tensors import TensorSpec
 
-IMAGE = TensorSpec("image", (None, 3, 8, 8), "float32")
-TOKENS = TensorSpec("ids", (None, None), "int64")
+IMAGE = TensorSpec("image", ("N", 3, 8, 8), "float32")
+TOKENS = TensorSpec("ids", ("N", "T"), "int64")
 FIXED = TensorSpec("image", (4, 3, 8, 8), "float32")
 
 
@@ -73,7 +73,7 @@ def test_random_inputs_are_finite_seeded_and_of_the_type(dtype: str, shape: tupl
 
 
 def test_engines_of_another_float_width_are_fed_by_a_cast() -> None:
-    half = TensorSpec("image", (None, 3, 8, 8), "float16")
+    half = TensorSpec("image", ("N", 3, 8, 8), "float16")
     plans = plan_inputs([IMAGE], batch=1, shapes={})[1]
     check_same_inputs([IMAGE], [half], plans)
     assert cast_feeds(random_feeds(plans, seed=0), [half])["image"].dtype == np.float16
@@ -83,12 +83,12 @@ def test_engines_of_another_float_width_are_fed_by_a_cast() -> None:
     ("engine", "told"),
     [
         (
-            TensorSpec("pixels", (None, 3, 8, 8), "float32"),
+            TensorSpec("pixels", ("N", 3, 8, 8), "float32"),
             "its inputs are 'pixels'; those of the original are 'image'",
         ),
-        (TensorSpec("image", (None, 3, 8, 8), "uint8"), "takes uint8; the original takes float32"),
+        (TensorSpec("image", ("N", 3, 8, 8), "uint8"), "takes uint8; the original takes float32"),
         (TensorSpec("image", (2, 3, 8, 8), "float32"), "cannot take the shape 1x3x8x8"),
-        (TensorSpec("image", (None, 3, 8), "float32"), "cannot take the shape 1x3x8x8"),
+        (TensorSpec("image", ("N", 3, 8), "float32"), "cannot take the shape 1x3x8x8"),
     ],
 )
 def test_engines_that_cannot_be_fed_the_same(engine: TensorSpec, told: str) -> None:
@@ -117,7 +117,7 @@ def test_samples_that_cannot_share_a_batch() -> None:
 
 
 def test_dynamic_axes_come_from_the_data() -> None:
-    specs = [TensorSpec("x", (None, None), "float32")]
+    specs = [TensorSpec("x", ("N", "T"), "float32")]
     assert shapes_of_data(specs, [sample(0, (1, 7))], None) == {"x": (1, 7)}
     assert shapes_of_data(specs, [sample(0, (1, 7))], 4) == {"x": (4, 7)}
     assert shapes_of_data(specs, [sample(0, (3, 7), whole=True)], None) == {"x": (3, 7)}

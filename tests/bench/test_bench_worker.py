@@ -19,6 +19,7 @@ import pytest
 from relu_deploy.bench.client import Worker, _rebuild, start_worker
 from relu_deploy.bench.subject import Subject, read_subject
 from relu_deploy.bench.worker import time_runs
+from relu_deploy.engines.base import BuildConfig, get_backend
 from relu_deploy.errors import BackendUnavailableError, DataError, EngineError
 
 Save = Callable[[str, onnx.ModelProto], Path]
@@ -68,7 +69,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_protocol_from_loading_to_outputs(worker: Worker) -> None:
     loaded = worker.load(threads=1)
-    assert [(s.name, s.shape, s.dtype) for s in loaded.inputs] == [("x", (None, 8), "float32")]
+    assert [(s.name, s.shape, s.dtype) for s in loaded.inputs] == [("x", ("N", 8), "float32")]
     assert ([s.name for s in loaded.outputs], loaded.clock) == (["y", "z"], "host")
     worker.feed({"x": np.ones((2, 8), np.float32)})
     assert len(worker.warm_up(seconds=0, runs=4)) == 4
@@ -176,7 +177,7 @@ FAKE = """
 import contextlib, os, subprocess, sys
 from pathlib import Path
 from relu_deploy.bench import worker
-from relu_deploy.bench.protocol import TensorSpec
+from relu_deploy.tensors import TensorSpec
 from relu_deploy.errors import BackendUnavailableError
 
 class Engine:
@@ -235,6 +236,20 @@ def test_a_bug_in_an_engine_ends_the_worker_with_its_traceback() -> None:
     answers, errors = talk([LOAD, WARM, WARM], run="raise ZeroDivisionError('by an engine')")
     assert len(answers) == 1
     assert errors.strip().splitlines()[-1] == "ZeroDivisionError: by an engine"
+
+
+def test_running_an_engine_loads_neither_onnx_nor_graphsurgeon(save: Save, tmp_path: Path) -> None:
+    plain, engine = save("m.onnx", onnx.parser.parse_model(MODEL)), tmp_path / "e.onnx"
+    get_backend("ort").build(plain, engine, BuildConfig())
+    code = """import sys
+from pathlib import Path
+from relu_deploy.bench.worker import open_engine
+for path, target in ((sys.argv[1], "onnx"), (sys.argv[2], "ort")):
+    with open_engine(Path(path), target, 1) as engine:
+        print([spec.name for spec in engine.inputs])
+print(sorted({"onnx", "onnx_graphsurgeon", "torch"} & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", code, plain, engine], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["['x']", "['x']", "[]"], done.stderr
 
 
 def test_timing_stops_by_count_and_by_time() -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from relu_deploy.engines import cuda as module
-from relu_deploy.engines.base import TensorSpec
 from relu_deploy.engines.cuda import CudaPython, open_cuda, require_gpu
 from relu_deploy.engines.tensorrt import TensorRTEngine
 from relu_deploy.errors import BackendUnavailableError, DataError, EngineError
+from relu_deploy.tensors import TensorSpec
 
 
 class FakeRuntime:

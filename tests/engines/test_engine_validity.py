@@ -10,11 +10,11 @@ from pathlib import Path
 import onnx
 import pytest
 
-from relu_deploy.engines.audit import disagreements
 from relu_deploy.engines.base import BuildConfig, BuildReport, ShapeRange, get_backend
 from relu_deploy.engines.log import read_log
 from relu_deploy.engines.manifest import manifest_path, read_manifest
 from relu_deploy.engines.plan import read_plan
+from relu_deploy.engines.promise import disagreements
 from relu_deploy.engines.trt_audit import audit_engine
 from relu_deploy.errors import BackendUnavailableError, CheckFailedError, EngineError
 

@@ -9,8 +9,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from relu_deploy.engines.audit import disagreements
 from relu_deploy.engines.base import BuildConfig, BuildReport, get_backend
+from relu_deploy.engines.promise import disagreements
 from relu_deploy.errors import CheckFailedError, DataError, EngineError, FileError, ModelError
 
 Stack = Callable[..., onnx.ModelProto]
@@ -129,7 +129,7 @@ def test_bad_input_leaves_nothing_behind(network: type, tmp_path: Path) -> None:
 def test_a_large_engine_keeps_its_weights_beside_it(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relu_deploy.engines.ort.PROTOBUF_LIMIT", 2048)
+    monkeypatch.setattr("relu_deploy.engines.ort_build.PROTOBUF_LIMIT", 2048)
     report = build(stack(target="ort", quantized=(False,) * 3), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.onnx", "e.onnx.data", "e.onnx.json"]
     assert report.engine_bytes == sum((tmp_path / name).stat().st_size for name in ("e.onnx", "e.onnx.data"))

@@ -15,8 +15,8 @@ from calib.inputs import model_inputs
 from calib.ranges import Ranges
 from calib.run import calibrate
 from calib.sources import open_source
-from relu_deploy.engines.audit import disagreements
 from relu_deploy.engines.base import BuildConfig, BuildReport, ShapeRange, get_backend
+from relu_deploy.engines.promise import disagreements
 from relu_deploy.errors import CheckFailedError
 from relu_deploy.int8.run import QuantReport, quantize
 
