@@ -5,7 +5,7 @@ what                              ``ort``                             ``tensorrt
 ================================  ==================================  ====================================
 activation that is never < 0      uint8, zero point 0, s = max/255    int8, zero point 0, s = max/127
 other activations                 uint8 with a zero point             int8, zero point 0, s = absmax/127
-weights                           int8, symmetric, per out channel    the same
+weights                           int8, symmetric, per out channel    the same; per tensor on request
 bias                              int32, s = s_x s_w                  float
 ================================  ==================================  ====================================
 """
@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from relu_deploy.errors import QuantizationError
 from relu_deploy.targets import TARGETS, Target
+
+Granularity = Literal["channel", "tensor"]
 
 # The scale of weights that are all zero. Any positive number will do, since their only code is 0; a scale of 0 would be
 # a division by zero in every runtime (TensorRT#2498).
@@ -43,12 +45,14 @@ class NumberFormat:
         unsigned: uint8 activations with a zero point; else int8 symmetric.
         weight_bits: 8, or 7 for x86 CPUs without VNNI: see :func:`number_format`.
         integer_bias: int32 bias with scale s_x s_w; else the bias stays float.
+        weight_granularity: One weight scale for each output ``channel``, or one for a whole weight ``tensor``.
     """
 
     target: Target
     unsigned: bool
     weight_bits: int
     integer_bias: bool
+    weight_granularity: Granularity = "channel"
 
     @property
     def weight_max(self) -> int:
@@ -81,7 +85,7 @@ class QParams:
         return self.scale * ((255 if self.dtype == "uint8" else 127) - self.zero_point)
 
 
-def number_format(target: str, *, weight_bits: int = 8) -> NumberFormat:
+def number_format(target: str, *, weight_bits: int = 8, weight_granularity: str = "channel") -> NumberFormat:
     """The format of a target.
 
     Args:
@@ -89,9 +93,11 @@ def number_format(target: str, *, weight_bits: int = 8) -> NumberFormat:
         weight_bits: 8 or 7. x86 CPUs with AVX2 but without VNNI multiply uint8 by int8 with ``vpmaddubsw``, which
             adds two products into a saturating int16: 255 * 127 * 2 does not fit, 255 * 63 * 2 does. Seven bits lose
             half a bit of weight precision on average and never saturate. Only ``ort`` runs on such CPUs.
+        weight_granularity: ``channel`` keeps more precision. ``tensor`` lets the TensorRT-RTX compiler fuse bias and
+            ReLU into its int8 convolutions and write the graph's own type: docs/placement.md has the measurement.
 
     Raises:
-        QuantizationError: unknown target, or a width other than 7 and 8.
+        QuantizationError: unknown target or granularity, or a width other than 7 and 8.
 
     >>> number_format("ort").weight_max, number_format("ort", weight_bits=7).weight_max
     (127, 63)
@@ -100,10 +106,13 @@ def number_format(target: str, *, weight_bits: int = 8) -> NumberFormat:
         raise QuantizationError(
             f"weights of {weight_bits} bits are not supported", hint="use 8, or 7 for CPUs without VNNI"
         )
+    if weight_granularity not in ("channel", "tensor"):
+        raise QuantizationError(f"unknown weight granularity {weight_granularity!r}", hint="channel or tensor")
+    granularity: Granularity = "tensor" if weight_granularity == "tensor" else "channel"
     for known in TARGETS:
         if target == known:
             on_cpu = known == "ort"
-            return NumberFormat(known, on_cpu, weight_bits if on_cpu else 8, on_cpu)
+            return NumberFormat(known, on_cpu, weight_bits if on_cpu else 8, on_cpu, granularity)
     raise QuantizationError(f"unknown target {target!r}", hint=f"one of {', '.join(TARGETS)}")
 
 

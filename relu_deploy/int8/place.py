@@ -12,7 +12,7 @@ Two rules, because two kinds of runtime read the result:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from relu_deploy.int8.formats import NumberFormat
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+RECURRENT_OPS = ("LSTM", "GRU", "RNN")
 # Move or select values and do not compute: input and output share one scale, so no requantisation is left.
 MOVING_OPS = (
     "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity",
@@ -85,6 +86,7 @@ def place(
     """
     known, kept = set(measured), set(keep_float)
     layers = tuple(_judge(node, known, kept, number) for node in graph.nodes if node.op in LINEAR_OPS)
+    layers += tuple(_float_layers(graph))
     chosen = {layer.name for layer in layers if layer.int8}
     if number.unsigned:
         return _place_ort(graph, known, chosen, layers)
@@ -125,6 +127,17 @@ def _judge(node: gs.Node, known: set[str], kept: set[str], number: NumberFormat)
     return Layer(node.name, node.op, not reason, reason)
 
 
+def _float_layers(graph: gs.Graph) -> Iterator[Layer]:
+    """Layers that multiply and are never quantised: recurrent ones, and all inside If, Loop and Scan."""
+    for node in graph.nodes:
+        if node.op in RECURRENT_OPS:
+            yield Layer(node.name, node.op, False, "a recurrent layer computes in float")
+        for inner in node.subgraphs(recursive=True):
+            for layer in inner.nodes:
+                if layer.op in (*LINEAR_OPS, *RECURRENT_OPS):
+                    yield Layer(layer.name, layer.op, False, f"it lies in a graph inside {node.op} {node.name}")
+
+
 def _why_float(node: gs.Node, known: set[str], number: NumberFormat) -> str:
     """Reason why a linear layer cannot be quantised; empty when it can."""
     data, weight = node.inputs[0], node.inputs[1]
@@ -138,6 +151,8 @@ def _why_float(node: gs.Node, known: set[str], number: NumberFormat) -> str:
         return f"its input {data.name} has no range"
     if weight.values.dtype not in (np.float32, np.float16):
         return f"its weights are {weight.values.dtype}"
+    if number.unsigned and weight.values.dtype == np.float16:
+        return "ONNX Runtime's integer kernels give float32, not float16: export the network in float32"
     if node.op == "ConvTranspose" and number.target in _FLOAT_CONV_TRANSPOSE:
         return _FLOAT_CONV_TRANSPOSE[number.target]
     if node.op == "Gemm" and number.unsigned and node.attrs.get("transA", 0):
@@ -207,7 +222,8 @@ def _place_ort(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple
     for node in graph.nodes:
         if node.name in chosen:
             wanted.add(node.inputs[0])
-            if node.op == "Conv":  # the integer convolution has no float output; Gemm and MatMul have one
+            # The integer convolution has no float output; Gemm and MatMul have one.
+            if node.op == "Conv" or _becomes_float_gemm(node):
                 wanted.add(node.outputs[0])
     wanted.spread()
     for node in graph.nodes:
@@ -261,6 +277,22 @@ def _keeps_codes(node: gs.Node) -> bool:
     if node.op == "Resize":
         return node.attrs.get("mode", "nearest") in ("nearest", "linear")
     return node.op != "MaxPool" or len(node.outputs) == 1
+
+
+def _becomes_float_gemm(node: gs.Node) -> bool:
+    """Whether ONNX Runtime would fuse a MatMul and the Add behind it to a Gemm, whose unquantised addend is float.
+
+    A quantiser between the two prevents it. :func:`relu_deploy.int8.lower.matmul_add_to_gemm` has taken the additions
+    of constant vectors; what is left are sums with live tensors, or with matrices. ONNX Runtime fuses for two axes,
+    and for more, all fixed, where the addend is a vector; where we know no shapes it may know more.
+    """
+    product, shape = node.outputs[0], node.outputs[0].shape
+    if node.op != "MatMul" or len(product.outputs) != 1 or product.outputs[0].op != "Add":
+        return False
+    addend = next((t for t in product.outputs[0].inputs if t is not product), product)
+    if shape is None or len(shape) == 2:
+        return True
+    return all(isinstance(size, int) for size in shape) and (addend.shape is None or len(addend.shape) == 1)
 
 
 def _follows_matmul(live: list[gs.Variable]) -> bool:

@@ -29,6 +29,7 @@ class QuantReport:
     Attributes:
         target: The runtime the file is for.
         weight_bits: 8, or 7 for CPUs without VNNI.
+        weight_granularity: ``channel`` (a scale for each output channel) or ``tensor`` (one for each layer).
         layers: Every linear layer, INT8 or float with the reason.
         activations: Tensor name -> scale and zero point.
         dropped_activations: ReLU and Clip nodes that became the clipping of a quantiser.
@@ -38,6 +39,7 @@ class QuantReport:
 
     target: str
     weight_bits: int
+    weight_granularity: str
     layers: tuple[Layer, ...]
     activations: dict[str, QParams]
     dropped_activations: tuple[str, ...]
@@ -56,6 +58,7 @@ def quantize(
     *,
     target: str = "ort",
     weight_bits: int = 8,
+    weight_granularity: str = "channel",
     keep_float: Iterable[str] = (),
     check_ranges: bool = True,
     extra_warnings: Iterable[str] = (),
@@ -67,6 +70,7 @@ def quantize(
         ranges: Measured on this very model.
         target: ``ort``, ``tensorrt-rtx`` or ``tensorrt``.
         weight_bits: 8, or 7 for x86 CPUs without VNNI (``ort`` only).
+        weight_granularity: ``channel`` or ``tensor``, see :func:`relu_deploy.int8.formats.number_format`.
         keep_float: Names of linear layers to leave in float.
         extra_warnings: What the caller found worth warning of; they go into the report.
         check_ranges: False where the caller knows that ``ranges`` belongs to an equal network with the same tensor
@@ -80,7 +84,7 @@ def quantize(
         QuantizationError: the model is quantised already, has no linear layer, or a name in ``keep_float`` is none.
         ModelError: its opset cannot be lifted.
     """
-    number = number_format(target, weight_bits=weight_bits)
+    number = number_format(target, weight_bits=weight_bits, weight_granularity=weight_granularity)
     refuse_quantized(model)
     if check_ranges:
         check_fresh(ranges, model)
@@ -90,8 +94,7 @@ def quantize(
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     aliases: dict[str, str] = {}
     if number.unsigned:
-        matmul_add_to_gemm(graph)
-        aliases = spatial_mean_to_pool(graph)
+        aliases = matmul_add_to_gemm(graph) | spatial_mean_to_pool(graph)
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
     present = graph.tensors()
     bounds = {name: (r.min, r.max) for name, r in ranges.tensors.items() if name in present}
@@ -122,7 +125,7 @@ def _prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     """Lift the opset as far as Q/DQ needs it, and infer the types of all tensors."""
     half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
     lifted = files.convert_opset(model, lowest=_FLOAT16_OPSET if half else _PER_CHANNEL_OPSET)
-    return onnx.shape_inference.infer_shapes(lifted) if files.fits_one_message(lifted) else lifted
+    return onnx.shape_inference.infer_shapes(lifted, data_prop=True) if files.fits_one_message(lifted) else lifted
 
 
 def _check_layers(placement: Placement, keep_float: Iterable[str]) -> None:
@@ -136,7 +139,9 @@ def _check_layers(placement: Placement, keep_float: Iterable[str]) -> None:
         first = placement.layers[0]
         raise QuantizationError(
             f"none of the {len(names)} linear layers can become INT8; {first.name}: {first.reason}",
-            hint="measure the ranges on this very model with 'relu-deploy calibrate'",
+            hint="measure the ranges on this very model with 'relu-deploy calibrate'"
+            if "no range" in first.reason
+            else None,
         )
 
 
@@ -157,6 +162,6 @@ def _report(
     if left := [layer for layer in placement.layers if not layer.int8]:
         warnings.append(f"{len(left)} of {len(placement.layers)} linear layers stay float")
     return QuantReport(
-        number.target, number.weight_bits, placement.layers, written.activations, tuple(written.dropped),
-        files.opset(model), tuple(warnings),
+        number.target, number.weight_bits, number.weight_granularity, placement.layers, written.activations,
+        tuple(written.dropped), files.opset(model), tuple(warnings),
     )  # fmt: skip

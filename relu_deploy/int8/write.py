@@ -151,12 +151,11 @@ def _quantize_constants(graph: gs.Graph, node: gs.Node, number: NumberFormat) ->
 def _quantize_layer(graph: gs.Graph, node: gs.Node, number: NumberFormat, written: Written) -> None:
     """Store the weights of one linear layer as INT8 and, where the target wants it, its bias as int32."""
     weight, bias = _operands(node)
-    axis, dtype = weight_axis(node), node.inputs[1].values.dtype
-    scales = weight_scales(weight, axis, number.weight_max)
-    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
-    alive = np.asarray(np.any(weight != 0, axis=others))
-    if dead := int((~alive).sum()):
+    channels, dtype = weight_axis(node), node.inputs[1].values.dtype
+    if dead := int((~_alive(weight, channels)).sum()):
         written.dead_channels[node.name] = dead
+    axis = channels if number.weight_granularity == "channel" else None
+    scales, alive = weight_scales(weight, axis, number.weight_max), _alive(weight, axis)
     if number.integer_bias and bias is not None:
         input_scale = float(node.inputs[0].inputs[0].inputs[1].values)
         scales = widen_for_bias(scales, input_scale, bias, alive)
@@ -171,6 +170,12 @@ def _quantize_layer(graph: gs.Graph, node: gs.Node, number: NumberFormat, writte
     node.inputs[1] = _dequantized(
         graph, f"{node.name}/weight", codes8, scales.astype(dtype), np.zeros_like(scales, dtype=np.int8), axis
     )
+
+
+def _alive(weight: npt.NDArray[Any], axis: int | None) -> npt.NDArray[np.bool_]:
+    """Where a channel holds a weight other than 0; shape ``(C,)``, or ``()`` without an axis."""
+    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
+    return np.asarray(np.any(weight != 0, axis=others))
 
 
 def _operands(node: gs.Node) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
