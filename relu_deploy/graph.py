@@ -20,16 +20,27 @@ from calib.errors import first_line
 from calib.files import atomic_path, check_writable
 from calib.model import PROTOBUF_LIMIT, STANDARD_DOMAINS, all_nodes, fits_one_message, opset, tensor_bytes
 from relu_deploy.errors import FileError, ModelError
+from relu_deploy.untrusted import check_parsed
 
 # Far above any network that runs on one card, far below what a forged length could make us allocate.
 MAX_EXTERNAL_BYTES = 1 << 36
-# What onnxruntime 1.20 to 1.31 and TensorRT 10 to 11 read; older files load too, newer ones are refused by name.
-MAX_IR_VERSION = onnx.IR_VERSION
+# The newest that onnxruntime 1.31 reads, as tests/test_limits.py asks it; onnx 1.23 writes newer ones. TensorRT-RTX 1.7
+# reads any version of IR and opset, as far as it knows the operators.
+MAX_IR_VERSION = 13
+MAX_OPSET = 26
 MIN_OPSET = 7
+# The checker is C++: besides its own errors come those of the standard library, and of names that are no text.
+_CHECKER_ERRORS = (
+    onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError, ValueError, IndexError,
+)  # fmt: skip
+
+# It prints its remarks on types to standard output, where JSON is expected.
+gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
 
 __all__ = [
     "MAX_EXTERNAL_BYTES",
     "MAX_IR_VERSION",
+    "MAX_OPSET",
     "MIN_OPSET",
     "PROTOBUF_LIMIT",
     "all_nodes",
@@ -64,8 +75,9 @@ def load_model(path: Path) -> onnx.ModelProto:
             is missing, too short or outside the folder of the model.
     """
     model = parse_model(path)
-    _load_external_data(model, path)
     check_versions(model, path)
+    check_parsed(model, path)
+    _load_external_data(model, path)
     check_model(model, path)
     name_nodes(model.graph)
     return model
@@ -103,7 +115,7 @@ def check_model(model: onnx.ModelProto, source: Path | str) -> None:
     try:
         if fits_one_message(model):
             onnx.checker.check_model(model, full_check=not foreign)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except _CHECKER_ERRORS as error:
         raise ModelError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
 
 
@@ -116,13 +128,15 @@ def check_versions(model: onnx.ModelProto, source: Path | str) -> None:
     if not 3 <= model.ir_version <= MAX_IR_VERSION:
         raise ModelError(
             f"{source} has IR version {model.ir_version}; supported are 3 to {MAX_IR_VERSION}",
-            hint="export it with an older onnx package" if model.ir_version > MAX_IR_VERSION else None,
+            hint="set model.ir_version = 10 and save it again; that is enough where it uses nothing newer"
+            if model.ir_version > MAX_IR_VERSION
+            else "export the model again",
         )
-    found, newest = opset(model), onnx.defs.onnx_opset_version()
-    if not MIN_OPSET <= found <= newest:
+    found = opset(model)
+    if not MIN_OPSET <= found <= min(MAX_OPSET, onnx.defs.onnx_opset_version()):
         raise ModelError(
-            f"{source} uses opset {found}; supported are {MIN_OPSET} to {newest}",
-            hint=f"export it with opset_version={min(max(found, 17), newest)}",
+            f"{source} uses opset {found}; supported are {MIN_OPSET} to {MAX_OPSET}",
+            hint="export it again with opset_version=20, which every runtime here reads",
         )
 
 
@@ -171,7 +185,18 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def import_graph(model: onnx.ModelProto) -> gs.Graph:
-    """Graphsurgeon's view of a model whose nodes are all named. The model is not changed."""
+    """Graphsurgeon's view of a model whose nodes are all named. The model is not changed.
+
+    Raises:
+        ModelError: an input or output is neither a tensor nor a sequence, which graphsurgeon cannot write again.
+    """
+    for value in (*model.graph.input, *model.graph.output):
+        kind = value.type.WhichOneof("value")
+        if kind not in (None, "tensor_type", "sequence_type"):
+            raise ModelError(
+                f"the input or output {value.name!r} is of type {kind}; only tensors and sequences can be worked with",
+                hint="export the model with plain tensors as inputs and outputs",
+            )
     name_nodes(model.graph)
     return gs.import_onnx(model)
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import onnx
 import onnx.inliner
 
+from calib.errors import first_line
+from relu_deploy.errors import ModelError
 from relu_deploy.graph import check_model, export_graph, import_graph
 from relu_deploy.passes import PIPELINE
 from relu_deploy.passes.certificate import is_exact
@@ -62,14 +64,14 @@ def rewrite(
         carry its fingerprint stay valid.
 
     Raises:
-        ModelError: the result fails onnx's checker.
+        ModelError: the result fails onnx's checker, or a local function and its calls do not fit together.
         CheckFailedError: the result does not compute what the original computes.
     """
     source = onnx.ModelProto()
     source.CopyFrom(model)
     inlined = tuple(f"{function.domain}.{function.name}" for function in source.functions)
     if inlined:
-        source = onnx.inliner.inline_local_functions(source)
+        source = _inline(source)
     result, reports = _apply(source)
     reports = [PassReport("inline_functions", inlined), *reports] if inlined else reports
     exact = all(_is_exact(report) for report in reports)
@@ -79,6 +81,17 @@ def rewrite(
     check_model(result, "the rewritten network")
     checked = compare(model, result, exact=exact, samples=samples, seed=seed) if verify else None
     return result, RewriteReport(tuple(reports), before, len(result.graph.node), exact, checked)
+
+
+def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Unfold local functions. The checker does not compare a call with the function's own inputs; this does."""
+    try:
+        return onnx.inliner.inline_local_functions(model)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"a local function of the network cannot be unfolded: {first_line(error)}",
+            hint="its calls and its definition do not fit together; export the model again",
+        ) from error
 
 
 def _apply(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[PassReport]]:

@@ -31,6 +31,8 @@ DISCRETE_TOLERANCE = 0.01
 # Sizes tried for dimensions that the model leaves open; text recognisers want 48 rows, most detectors multiples of 32.
 _BATCHES, _SIZES = (2, 1), (32, 48, 64, 224, 16, 8, 128, 1)
 _SCALES = (0.1, 1.0, 10.0)
+# Random inputs are made as float64 and three at once: this many elements take 3 GiB. numpy has at most 64 axes.
+_MOST_ELEMENTS, _MOST_AXES = 1 << 27, 64
 _NOT_RUNNABLE: tuple[type[Exception], ...] = (*RUNTIME_ERRORS, KeyError)
 
 
@@ -195,6 +197,8 @@ def _is_float(value: object) -> bool:
 def _random_feeds(model: onnx.ModelProto, session: ort.InferenceSession, seed: int) -> list[Feed]:
     """Random inputs of the first open sizes that the original runs with; empty when there are none."""
     for sizes in itertools.product(_BATCHES, _SIZES):
+        if not all(_can_be_made(value.type, sizes) for value in _inputs(model)):
+            continue
         feeds = list(_feeds_of_size(model, sizes, np.random.default_rng(seed)))
         try:
             session.run(None, dict(feeds[1]))
@@ -204,6 +208,24 @@ def _random_feeds(model: onnx.ModelProto, session: ort.InferenceSession, seed: i
             continue
         return feeds
     return []
+
+
+def _can_be_made(kind: onnx.TypeProto, sizes: tuple[int, int]) -> bool:
+    """Whether an array can be made for an input: it is a tensor of numbers, of a size that memory holds."""
+    if not kind.tensor_type.elem_type:
+        return False
+    # ONNX Runtime's Python side takes no others: strings are objects, bfloat16 and float8 are no types of numpy's own.
+    if onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type).kind not in "fiub":
+        return False
+    shape = _shape(kind.tensor_type, sizes)
+    return len(shape) <= _MOST_AXES and math.prod(shape) <= _MOST_ELEMENTS
+
+
+def _shape(kind: onnx.TypeProto.Tensor, sizes: tuple[int, int]) -> list[int]:
+    """Extents of an input, with ``sizes`` where the model leaves them open: of the batch, of every other axis."""
+    return [
+        d.dim_value if d.dim_value > 0 else sizes[0] if axis == 0 else sizes[1] for axis, d in enumerate(kind.shape.dim)
+    ]
 
 
 def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
@@ -225,9 +247,7 @@ def _random_array(
 ) -> np.ndarray:
     """Floats of a normal distribution; integers 0 and 1, valid as token, mask and index."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    shape = [
-        d.dim_value if d.dim_value > 0 else sizes[0] if axis == 0 else sizes[1] for axis, d in enumerate(kind.shape.dim)
-    ]
+    shape = _shape(kind, sizes)
     if dtype.kind == "b" or dtype.kind in "iu":
         high = 256 if dtype == np.uint8 else 2
         return random.integers(0, high, shape).astype(dtype)
