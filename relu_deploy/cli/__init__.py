@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from typing import Any
 
 import click
 
 from calib.errors import ToolkitError
 from relu_deploy import __version__
+from relu_deploy.cli.safety import SIGNALLED, terminable
+from relu_deploy.cli.screen import printable
 
 # In the order of the flow; each name is a module of this package with a click command called ``command``.
 COMMANDS = ("demo", "export", "rewrite", "calibrate", "quantize", "build-engine", "bench", "inspect")
@@ -29,12 +32,26 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminable():
+                return super().invoke(ctx)
         except ToolkitError as error:
-            click.secho(f"Error: {error.message}", err=True, fg="red")
-            if error.hint:
-                click.echo(f"Fix:   {error.hint}", err=True)
+            _tell(error.message, error.hint)
             ctx.exit(error.exit_code)
+        except MemoryError as error:
+            _tell(
+                f"out of memory: {error or 'the machine has no more'}", "smaller batches, inputs or networks need less"
+            )
+            ctx.exit(ToolkitError.exit_code)
+        except KeyboardInterrupt:
+            _tell("interrupted; no output was written", None)
+            ctx.exit(SIGNALLED + signal.SIGINT)
+
+
+def _tell(message: str, hint: str | None) -> None:
+    """Print an error and its fix. Names in it come from files, and are shown rather than obeyed."""
+    click.secho(f"Error: {printable(message)}", err=True, fg="red")
+    if hint:
+        click.echo(f"Fix:   {printable(hint)}", err=True)
 
 
 @click.command(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -45,5 +62,5 @@ def main() -> None:
     The flow: export -> rewrite -> calibrate -> quantize -> build-engine -> bench. Each step reads and writes files
     (ONNX, JSON) and works alone; build-engine runs the ones before it as needed; demo runs them all.
 
-    Exit codes: 0 done, 1 a check failed, 2 a mistake in the call or its files.
+    Exit codes: 0 done, 1 a check failed, 2 a mistake in the call or its files, 128 + N ended by signal N.
     """

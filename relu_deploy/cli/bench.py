@@ -11,6 +11,7 @@ from calib.images import PREPROCESS_HELP
 from relu_deploy.bench.compare import bench
 from relu_deploy.bench.table import render
 from relu_deploy.cli.common import INPUT_FILE, emit, json_option, progress_bar
+from relu_deploy.cli.safety import FileCommand
 
 
 def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -32,7 +33,7 @@ def _read_percentiles(ctx: click.Context, param: click.Parameter, value: str) ->
         raise click.BadParameter(f"{value!r} is not a list of percentiles such as 50,90,99", ctx, param) from None
 
 
-@click.command(short_help="Measure engines against their original: speed and accuracy.")
+@click.command("bench", cls=FileCommand, short_help="Measure engines against their original: speed and accuracy.")
 @click.argument("engines", nargs=-1, required=True, type=INPUT_FILE, metavar="ENGINE...")
 @click.option("--against", required=True, type=INPUT_FILE, help="The original: an ONNX file or an engine.")
 @click.option("--data", metavar="DATA", help="As --calib of calibrate: measure accuracy too.  [default: random inputs]")

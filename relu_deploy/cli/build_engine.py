@@ -12,9 +12,10 @@ from rich.text import Text
 from calib.inputs import model_inputs
 from calib.sources import open_source
 from relu_deploy.cli import inspect, quantize, rewrite
-from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
+from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, OUTPUT_FOLDER, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
 from relu_deploy.cli.int8_options import int8_options, weight_width
+from relu_deploy.cli.safety import FileCommand
 from relu_deploy.engines.base import BuildConfig, ShapeRange
 from relu_deploy.engines.inspect import inspect_engine
 from relu_deploy.flow import EngineBuilt, Int8Plan
@@ -40,7 +41,9 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     return ranges
 
 
-@click.command("build-engine", short_help="Build an engine; rewrites, calibrates and quantises as needed.")
+@click.command(
+    "build-engine", cls=FileCommand, short_help="Build an engine; rewrites, calibrates and quantises as needed."
+)
 @click.argument("model", type=INPUT_FILE, metavar="MODEL.onnx")
 @click.option("-o", "--output", required=True, type=OUTPUT_FILE, metavar="ENGINE", help="The engine to write.")
 @click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True, help="Runtime to build for.")
@@ -77,13 +80,13 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 )
 @click.option("--log", type=OUTPUT_FILE, help="TensorRT: also write the compiler's verbose log here.")
 @click.option(
-    "--keep", type=OUTPUT_FILE, metavar="DIR", help="Keep what lies between: rewritten and INT8 ONNX, ranges."
+    "--keep", type=OUTPUT_FOLDER, metavar="DIR", help="Keep what lies between: rewritten and INT8 ONNX, ranges."
 )
 @json_option
 def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
-    samples: int | None, batch_size: int, ranges: Path | None, weight_bits: str, keep_float: tuple[str, ...],
-    sm: tuple[str, ...], shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None,
+    samples: int | None, batch_size: int, ranges: Path | None, weight_bits: str, weight_granularity: str,
+    keep_float: tuple[str, ...], sm: tuple[str, ...], shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None,
     require_int8: bool, log: Path | None, keep: Path | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Build an engine from MODEL.onnx.
@@ -106,7 +109,7 @@ def command(
     if to_int8:
         width, warnings = weight_width(weight_bits, target)
         source = None if data is None else open_source(data, model_inputs(load_model(model)), preprocess=preprocess)
-        plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, warnings)
+        plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, warnings, weight_granularity)
     elif data is not None or ranges is not None:
         raise click.UsageError("--calib and --ranges are for INT8 builds: add --int8, or leave them out")
     with progress_bar() as progress:

@@ -19,6 +19,7 @@ from calib.sources import open_source
 from calib.summary import DeadChannels, dead_channels, widest
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
+from relu_deploy.cli.safety import FileCommand
 from relu_deploy.graph import load_model
 from relu_deploy.report import Skip
 
@@ -52,7 +53,7 @@ class CalibrationReport:
     data: str
 
 
-@click.command("calibrate", short_help="Measure the range of every activation over data.")
+@click.command("calibrate", cls=FileCommand, short_help="Measure the range of every activation over data.")
 @click.argument("model_path", metavar="IN.onnx", type=INPUT_FILE)
 @data_options()
 @click.option(

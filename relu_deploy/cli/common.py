@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from calib.files import write_json
 from calib.progress import Progress
+from relu_deploy.cli.safety import OutputPath
+from relu_deploy.cli.screen import SafeConsole
 from relu_deploy.report import to_json
 
 INPUT_FILE = click.Path(path_type=Path)
-OUTPUT_FILE = click.Path(path_type=Path)
+OUTPUT_FILE = OutputPath()
+OUTPUT_FOLDER = OutputPath(folder=True)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +34,7 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 def emit(report: Any, json_path: str | None, render: Callable[[], RenderableType]) -> None:
     """Print a report for a person, and as JSON where asked. With ``--json -`` only JSON reaches standard output."""
     value = to_json(report)
-    Console(stderr=json_path == "-", highlight=False, soft_wrap=True).print(render())
+    SafeConsole(stderr=json_path == "-", soft_wrap=True).print(render())
     if json_path == "-":
         click.echo(json.dumps(value, indent=2, allow_nan=False))
     elif json_path:
@@ -41,9 +44,10 @@ def emit(report: Any, json_path: str | None, render: Callable[[], RenderableType
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A ``Progress`` that draws a bar for each kind of work on standard error; nothing where that is no terminal."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )  # fmt: skip
     with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         tasks: dict[str, Any] = {}

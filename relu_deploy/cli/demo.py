@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from relu_deploy.cli.common import OUTPUT_FILE, emit, json_option, progress_bar
+from relu_deploy.cli.common import OUTPUT_FOLDER, emit, json_option, progress_bar
+from relu_deploy.cli.safety import FileCommand
 from relu_deploy.demo.report import render, write_pages
 from relu_deploy.demo.run import run_demo
 
 
-@click.command("demo", short_help="See the whole job done on real data, with no download.")
+@click.command("demo", cls=FileCommand, short_help="See the whole job done on real data, with no download.")
 @click.option(
-    "-o", "--output", type=OUTPUT_FILE, default=Path("demo-run"), show_default=True, metavar="DIR",
+    "-o", "--output", type=OUTPUT_FOLDER, default=Path("demo-run"), show_default=True, metavar="DIR",
     help="Folder for everything that is made.",
 )  # fmt: skip
 @click.option(

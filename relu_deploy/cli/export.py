@@ -12,10 +12,11 @@ from rich.text import Text
 
 from calib.files import check_writable
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
+from relu_deploy.cli.safety import FileCommand
 from relu_deploy.export.report import ExportReport
 
 
-@click.command("export", short_help="Export a torch model; written only if ONNX Runtime agrees.")
+@click.command("export", cls=FileCommand, short_help="Export a torch model; written only if ONNX Runtime agrees.")
 @click.argument("model")
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The ONNX file to write.")
 @click.option("--weights", type=INPUT_FILE, help="The model's state_dict: .safetensors, or .pt without pickled code.")

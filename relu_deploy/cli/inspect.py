@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from relu_deploy.cli.common import INPUT_FILE, emit, json_option
+from relu_deploy.cli.safety import FileCommand
 from relu_deploy.engines.inspect import Inspection, inspect_engine
 
 # So many lines of a kind are printed before `--layers` is pointed to.
 _FEW = 10
 
 
-@click.command("inspect", short_help="Say what an engine is and what the compiler made of it.")
+@click.command("inspect", cls=FileCommand, short_help="Say what an engine is and what the compiler made of it.")
 @click.argument("engine", type=INPUT_FILE)
 @click.option(
     "--layers", is_flag=True, help="Also print every linear layer with its precision, output type and kernel."

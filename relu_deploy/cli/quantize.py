@@ -13,14 +13,19 @@ from calib.files import check_writable
 from calib.ranges import load as load_ranges
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.int8_options import int8_options, weight_width
+from relu_deploy.cli.safety import FileCommand
 from relu_deploy.graph import load_model, save_model
 from relu_deploy.int8.run import QuantReport
 from relu_deploy.int8.run import quantize as quantize_model
 from relu_deploy.targets import TARGETS
 
+_GRAIN = {"channel": "channel", "tensor": "layer"}
+
 
 @click.command(
-    epilog="Example: relu-deploy quantize student.onnx --ranges ranges.json --target ort -o student.int8.onnx"
+    "quantize",
+    cls=FileCommand,
+    epilog="Example: relu-deploy quantize student.onnx --ranges ranges.json --target ort -o student.int8.onnx",
 )
 @click.argument("model", type=INPUT_FILE)
 @click.option("--ranges", required=True, type=INPUT_FILE, help="Ranges that 'relu-deploy calibrate' measured on MODEL.")
@@ -34,6 +39,7 @@ def command(
     target: str,
     output: Path,
     weight_bits: str,
+    weight_granularity: str,
     keep_float: tuple[str, ...],
     json_path: str | None,
 ) -> None:
@@ -51,8 +57,9 @@ def command(
     source = load_model(model)
     width, warning = weight_width(weight_bits, target)
     quantized, report = quantize_model(
-        source, load_ranges(ranges), target=target, weight_bits=width, keep_float=keep_float, extra_warnings=warning
-    )
+        source, load_ranges(ranges), target=target, weight_bits=width, weight_granularity=weight_granularity,
+        keep_float=keep_float, extra_warnings=warning,
+    )  # fmt: skip
     save_model(quantized, output)
     emit(report, json_path, lambda: render(report, output))
 
@@ -76,7 +83,7 @@ def summary(report: QuantReport) -> str:
     """One line: how many layers, tensors and activations became what."""
     return (
         f"{report.target}: {report.int8_layers} of {len(report.layers)} linear layers int8, "
-        f"{report.weight_bits}-bit weights, "
+        f"{report.weight_bits}-bit weights with a scale for each {_GRAIN[report.weight_granularity]}, "
         f"{len(report.activations)} tensors quantised, {len(report.dropped_activations)} ReLU or Clip became clipping, "
         f"opset {report.opset}"
     )

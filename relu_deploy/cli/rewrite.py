@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
+from relu_deploy.cli.safety import FileCommand
 from relu_deploy.graph import load_model, save_model
 from relu_deploy.passes.run import RewriteReport, rewrite
 from relu_deploy.report import PassReport
@@ -20,7 +20,7 @@ from relu_deploy.report import PassReport
 _NAMES = 3
 
 
-@click.command("rewrite", short_help="Collapse what is exactly ReLU, and clean the graph up.")
+@click.command("rewrite", cls=FileCommand, short_help="Collapse what is exactly ReLU, and clean the graph up.")
 @click.argument("model", type=INPUT_FILE)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="Where the rewritten network goes.")
 @click.option("--no-verify", is_flag=True, help="Do not compare its outputs with the original's.")
@@ -62,7 +62,7 @@ def _rows(entry: PassReport) -> list[tuple[str, str, str, str]]:
     for (fate, reason), count in counts.items():
         names = [name for f, name, r in fates if (f, r) == (fate, reason)]
         shown = ", ".join(names[:_NAMES]) + (", ..." if count > _NAMES else "")
-        rows.append((entry.name, f"{fate} {count}", escape(shown), escape(reason)))
+        rows.append((entry.name, f"{fate} {count}", shown, reason))
     return rows
 
 

@@ -154,7 +154,7 @@ def test_no_worker_outlives_the_command(model: Path, sent: signal.Signals) -> No
         process.send_signal(sent)
         output, _ = process.communicate(timeout=60)
     assert "Traceback" not in output
-    assert process.returncode == (1 if sent == signal.SIGINT else -signal.SIGKILL)
+    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
     until = time.monotonic() + 30
     while not all(map(gone, workers)) and time.monotonic() < until:
         time.sleep(0.05)

@@ -1,0 +1,103 @@
+"""What every command does for its files: outputs are checked first, and an interruption leaves no litter."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from calib.files import check_writable
+from relu_deploy.errors import FileError
+
+# What shells report for a command that a signal ended.
+SIGNALLED = 128
+
+
+class OutputPath(click.Path):
+    """A file, or a folder, that the command writes."""
+
+    def __init__(self, *, folder: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self.folder = folder
+
+
+class FileCommand(click.Command):
+    """A command that refuses, before any work, outputs that cannot be written or would replace what it reads."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Check the files named in the call, then run."""
+        given: dict[click.Parameter, Any] = {param: ctx.params.get(param.name or "") for param in self.params}
+        outputs = {param.opts[-1]: Path(given[param]) for param in self.params if _writes(param, given[param])}
+        inputs = [path for param, value in given.items() if not _is_output(param) for path in _paths(value)]
+        for option, path in outputs.items():
+            if any(_same(path, other) for name, other in outputs.items() if name != option):
+                raise FileError(f"{option} {path} is named for two outputs", hint="give each output a name of its own")
+            if any(_same(path, file) for file in inputs):
+                raise FileError(
+                    f"{option} {path} is also an input, which it would replace", hint="give the output another name"
+                )
+        for param in self.params:
+            if _writes(param, given[param]) and not getattr(param.type, "folder", False):
+                check_writable(Path(given[param]))
+        return super().invoke(ctx)
+
+
+def _is_output(param: click.Parameter) -> bool:
+    return isinstance(param.type, OutputPath) or param.name == "json_path"
+
+
+def _writes(param: click.Parameter, value: Any) -> bool:
+    """Whether a parameter names something to be written; ``--json -`` does not."""
+    return _is_output(param) and value is not None and str(value) != "-"
+
+
+def _paths(value: Any) -> list[Path]:
+    """Files that a value names: paths, ``file.py:function``, and lists of them."""
+    if isinstance(value, (list, tuple)):
+        return [path for item in value for path in _paths(item)]
+    if not isinstance(value, (str, Path)) or not str(value):
+        return []
+    named = (Path(value), Path(str(value).rpartition(":")[0]))
+    return [path for path in named if path.name and _exists(path)]
+
+
+def _exists(path: Path) -> bool:
+    """Whether it does; a text that is no path (too long, say) names no file."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Whether two paths name one file, also through links."""
+    if _exists(first) and _exists(second):
+        return first.samefile(second)
+    return first.resolve() == second.resolve()
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as SIGINT does: by an exception, so that temporary files are removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what signal hands over
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not break the clean-up off
+        raise SystemExit(SIGNALLED + number)
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        wanted = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        # A command started with nohup stays deaf to SIGHUP.
+        before = {each: signal.signal(each, stop) for each in wanted if signal.getsignal(each) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
