@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import onnx.parser
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from calib.errors import ToolkitError
 from relu_deploy.errors import ModelError
