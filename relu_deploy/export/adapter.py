@@ -125,6 +125,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def plain_strides(model: nn.Module) -> Iterator[None]:
+    """Weights in the usual order of memory for a while (not channels-last), then as they were.
+
+    Strides are no part of ONNX, but torch 2.13's dynamo exporter follows them into shape arithmetic and gathers.
+    """
+    strided = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_contiguous()]
+    kept = [tensor.data for tensor in strided]
+    for tensor in strided:
+        tensor.data = tensor.data.contiguous()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(strided, kept, strict=True):
+            tensor.data = data
+
+
 def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
     """Parameters of ``forward`` that an input can reach by name; None when they cannot be told."""
     try:

@@ -73,7 +73,7 @@ def export_model(
         MissingExtraError: torch or onnxscript is not installed.
     """
     require_torch()
-    from relu_deploy.export.adapter import adapt, evaluating
+    from relu_deploy.export.adapter import adapt, evaluating, plain_strides
 
     check_writable(out)
     check_specs(inputs, dynamic)
@@ -81,7 +81,7 @@ def export_model(
     job = _Job(tuple(inputs), tuple(dynamic), opset, exporter, rtol, atol, seed)
     title = source or type(model).__name__
     adapter = adapt(model, [spec.name for spec in inputs])
-    with evaluating(adapter):
+    with evaluating(adapter), plain_strides(adapter):
         exported, checks, samples, notes = job.run(adapter, progress)
     _sign(exported, title, exporter)
     check_model(exported, f"what the {exporter} exporter made of {title}")

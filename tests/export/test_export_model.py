@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("onnxscript")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'relu-deploy[torch]'")
 import onnxruntime as ort  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -242,3 +242,14 @@ def test_older_and_newer_opsets(tmp_path, exporter):
     wanted = 18 if exporter == "dynamo" else 13
     export_model(convolutional(), [IMAGE], tmp_path / "m.onnx", opset=wanted, exporter=exporter)
     assert opset(onnx.load(tmp_path / "m.onnx")) == wanted
+
+
+def test_a_model_in_channels_last_is_exported_as_the_same_graph(tmp_path):
+    """torch 2.13's dynamo exporter writes shape arithmetic and gathers for weights whose strides are not the usual."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    export_model(model, [IMAGE], tmp_path / "plain.onnx", dynamic=[BATCH])
+    model.to(memory_format=torch.channels_last)
+    export_model(model, [IMAGE], tmp_path / "last.onnx", dynamic=[BATCH])
+    plain, last = (load_model(tmp_path / name).graph.node for name in ("plain.onnx", "last.onnx"))
+    assert [node.op_type for node in last] == [node.op_type for node in plain]
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last), "the caller's model is left as it was"

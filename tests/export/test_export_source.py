@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-torch = pytest.importorskip("torch")
-safetensors_torch = pytest.importorskip("safetensors.torch")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
+safetensors_torch = pytest.importorskip(
+    "safetensors.torch", reason="safetensors is not installed: pip install 'relu-deploy[torch]'"
+)
 from torch import nn  # noqa: E402
 
 from relu_deploy.errors import ExportError, FileError, MissingExtraError  # noqa: E402
