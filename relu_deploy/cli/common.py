@@ -23,6 +23,9 @@ INPUT_FILE = click.Path(path_type=Path)
 OUTPUT_FILE = OutputPath()
 OUTPUT_FOLDER = OutputPath(folder=True)
 
+# Columns of a report that goes to a file or a pipe: wide enough that names of nodes are not cut short.
+_FILE_WIDTH = 200
+
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--json PATH``, handed to the command as ``json_path``."""
@@ -34,7 +37,10 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 def emit(report: Any, json_path: str | None, render: Callable[[], RenderableType]) -> None:
     """Print a report for a person, and as JSON where asked. With ``--json -`` only JSON reaches standard output."""
     value = to_json(report)
-    SafeConsole(stderr=json_path == "-", soft_wrap=True).print(render())
+    console = SafeConsole(stderr=json_path == "-", soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(render())
     if json_path == "-":
         click.echo(json.dumps(value, indent=2, allow_nan=False))
     elif json_path:
