@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "QLinearSigmoid": "sigmoid", "QLinearLeakyRelu": "leaky_relu",
 }  # fmt: skip
 LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 
 
 class Promises:
@@ -48,6 +49,8 @@ class Promises:
     def why_float(self, name: str) -> str | None:
         """Why a linear layer cannot run in int8, as far as the network itself shows; None when it shows no reason."""
         node = self.nodes.get(name)
+        if node is not None and node.op_type in RECURRENT:
+            return "a recurrent layer computes in float"
         if node is None or name not in self.linear:
             return None
         data, weight = self._dequantize(node, 0), self._dequantize(node, 1)

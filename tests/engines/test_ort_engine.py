@@ -159,3 +159,11 @@ def test_pooling_of_codes_and_arithmetic_of_shapes_are_no_islands(network: Calla
     kinds = [node.op_type for node in onnx.load(tmp_path / "e.onnx").graph.node]
     assert {"MaxPool", "Div", "QLinearConv"} <= set(kinds)
     assert report.audit.islands == ()
+
+
+def test_a_recurrent_layer_is_float_for_its_own_reason(network: Callable[..., Any], tmp_path: Path) -> None:
+    net = network()
+    weights = [net.weight(name, shape, quantized=False) for name, shape in (("w", (1, 8, 8)), ("r", (1, 8, 2)))]
+    state = net.node("LSTM", "recurrent", "x", *weights, hidden_size=2)
+    (layer,) = build(net.model(state, 5, 1, 8), tmp_path).audit.linear
+    assert (layer.name, layer.precision, layer.reason) == ("recurrent", "fp32", "a recurrent layer computes in float")
