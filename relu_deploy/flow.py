@@ -34,6 +34,7 @@ class Int8Plan:
         weight_bits: 8, or 7 for CPUs without VNNI.
         keep_float: Linear layers to leave in float.
         warnings: Passed on to the report.
+        weight_granularity: A weight scale for each output ``channel``, or one for each ``tensor``.
     """
 
     source: Source | None = None
@@ -43,6 +44,7 @@ class Int8Plan:
     weight_bits: int = 8
     keep_float: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    weight_granularity: str = "channel"
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.ranges is None):
@@ -127,7 +129,7 @@ def build_engine(
         ranges = _ranges(int8, original, rewritten, progress)
         network, quant_report = quantize(
             rewritten, ranges, target=config.target, weight_bits=int8.weight_bits, keep_float=int8.keep_float,
-            check_ranges=False, extra_warnings=int8.warnings,
+            check_ranges=False, extra_warnings=int8.warnings, weight_granularity=int8.weight_granularity,
         )  # fmt: skip
     engine = backend.build(network, out, config)
     calibrated = None if ranges is None or int8 is None else _summary(ranges, int8)

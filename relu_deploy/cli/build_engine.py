@@ -86,8 +86,8 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
     samples: int | None, batch_size: int, ranges: Path | None, weight_bits: str, weight_granularity: str,
-    keep_float: tuple[str, ...], sm: tuple[str, ...], shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None,
-    require_int8: bool, log: Path | None, keep: Path | None, json_path: str | None,
+    keep_float: tuple[str, ...], sm: tuple[str, ...], shapes: dict[str, ShapeRange], optimization_level: int | None,
+    workspace: int | None, require_int8: bool, log: Path | None, keep: Path | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Build an engine from MODEL.onnx.
 

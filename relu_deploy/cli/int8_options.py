@@ -12,13 +12,18 @@ from relu_deploy.machine import describe_machine
 
 
 def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--weight-bits`` and ``--keep-float``."""
+    """Add ``--weight-bits``, ``--weight-granularity`` and ``--keep-float``."""
     function = click.option(
         "--keep-float",
         multiple=True,
         metavar="NODE",
         help="Leave this linear layer in float; may be given several times.",
     )(function)
+    function = click.option(
+        "--weight-granularity", type=click.Choice(["channel", "tensor"]), default="channel", show_default=True,
+        help="A weight scale for each output channel, or one for a layer: less precise, but tensorrt-rtx then fuses "
+        "bias and ReLU into its int8 convolutions.",
+    )(function)  # fmt: skip
     return click.option(
         "--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True,
         help="Width of int8 weights for ort. auto: 7 where this CPU is x86 without VNNI and 8 would saturate; else 8.",

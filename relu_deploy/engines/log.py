@@ -71,9 +71,21 @@ def _kernel(found: re.Match[str]) -> Kernel:
     linear: tuple[LinearOp, ...] = ()
     if found["kind"] in LINEAR_KINDS:
         data = inputs[0].dtype if inputs else UNKNOWN
-        weight = reads[1].dtype if len(reads) > 1 else UNKNOWN
+        weight = _weight(inputs, constants)
         linear = (LinearOp(name, data, weight, outputs[0].dtype if outputs else UNKNOWN, None, layers),)
     return Kernel(name, found["kind"], reads, outputs, layers, linear, syllables(name))
+
+
+def _weight(inputs: Sequence[Operand], constants: Sequence[Operand]) -> str:
+    """Type of the weights of a linear kernel.
+
+    They are its second input, or its first constant. A second input beside constant weights is a residual that is
+    added on the way out; constants beside computed weights are factors and a bias, which extend along axis 1 at most.
+    """
+    stored = constants[0] if constants else None
+    if len(inputs) > 1 and (stored is None or len(stored.dims) < 2 or set(stored.dims[:1] + stored.dims[2:]) == {1}):
+        return inputs[1].dtype
+    return stored.dtype if stored is not None else UNKNOWN
 
 
 def _tensors(text: str) -> tuple[Operand, ...]:

@@ -35,6 +35,17 @@ def test_reads_nodes_and_kernels() -> None:
     assert (op.data, op.weight, op.output, op.fused) == ("int8", "int8", "fp16", None)
 
 
+def test_a_residual_is_no_weight_and_a_factor_is_none_either() -> None:
+    residual = "{ Name: r, Dimensions: [1,4,8,4], Strides: [8,1], StrideOrder: [3,0], Datatype: Float, Format: x }"
+    added = ENTRY.replace("Format: x }], Constants", f"Format: x }}, {residual}], Constants", 1)
+    (op,) = read_log([f"Layers:\n{added}"]).kernels[0].linear
+    assert (op.data, op.weight) == ("int8", "int8")
+    # A product of two activations: what is stored beside them is its alpha.
+    computed = added.replace("Dimensions: [4,8,1,1]", "Dimensions: [1]")
+    (op,) = read_log([f"Layers:\n{computed}"]).kernels[0].linear
+    assert (op.data, op.weight) == ("int8", "fp32")
+
+
 def test_a_log_that_ends_early_has_no_kernels() -> None:
     assert read_log(MESSAGES[:2]).kernels == ()
 

@@ -284,6 +284,25 @@ def test_channels_that_fill_no_tile(tmp_path: Path, channels: int) -> None:
     check(parse(text, weights), tmp_path)
 
 
+@pytest.mark.parametrize("sm", SMS)
+def test_one_weight_scale_a_layer_lets_the_compiler_fuse(residual_model: Callable, tmp_path: Path, sm: str) -> None:
+    model = residual_model()
+    ranges = measured(model)
+    fused = {}
+    for granularity in ("channel", "tensor"):
+        quantized, report = quantize(model, ranges, target="tensorrt-rtx", weight_granularity=granularity)
+        assert report.weight_granularity == granularity
+        scales = [t for t in quantized.graph.initializer if t.name.endswith("/weight/scale")]
+        assert len(scales) == 6
+        assert all((numpy_helper.to_array(scale).ndim == 0) == (granularity == "tensor") for scale in scales)
+        built = build(quantized, tmp_path, sm=(sm,))
+        assert broken_promises(report, quantized, built, student=True) == []
+        fused[granularity] = [layer.name for layer in built.audit.linear if layer.relu]
+    assert fused["channel"] == []
+    # Not block.conv2, whose ReLU stands behind the residual Add, nor the last layer, which has none.
+    assert {"stem", "block.conv1", "fuse"} <= set(fused["tensor"])
+
+
 # What follows shows that the checks above can fail.
 
 

@@ -10,6 +10,11 @@ from relu_deploy.int8 import formats
 VALUES = st.floats(-1e6, 1e6, width=32)
 
 
+def test_unknown_granularity_is_refused():
+    with pytest.raises(QuantizationError, match="unknown weight granularity 'row'"):
+        formats.number_format("ort", weight_granularity="row")
+
+
 @given(VALUES, VALUES, st.sampled_from(formats.TARGETS))
 def test_zero_is_exact_and_the_range_is_covered(a, b, target):
     low, high = min(a, b), max(a, b)

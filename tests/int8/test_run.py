@@ -308,6 +308,25 @@ def test_tensor_that_is_always_zero_is_warned_of(measure):
     assert any("zero in every sample" in warning for warning in report.warnings)
 
 
+@pytest.mark.parametrize("target", ["ort", "tensorrt-rtx"])
+def test_one_weight_scale_a_layer(residual_model, measure, target):
+    """Every layer stays int8, with a scalar scale; a channel of zeros is still counted and does no harm."""
+    model = residual_model()
+    for tensor in model.graph.initializer:
+        if tensor.name == "fuse.weight":
+            values = numpy_helper.to_array(tensor).copy()
+            values[3] = 0
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    quantized, report = quantize(model, measure(model), target=target, weight_bits=7, weight_granularity="tensor")
+    assert (report.weight_granularity, report.int8_layers) == ("tensor", 6)
+    scales = [numpy_helper.to_array(t) for t in quantized.graph.initializer if t.name.endswith("/weight/scale")]
+    assert [scale.shape for scale in scales] == [()] * 6
+    assert "1 output channels in 1 layers have only zero weights" in report.warnings
+    x = images()
+    # Measured 32 dB with 7-bit weights and one scale a layer. A wrong scale of any layer leaves less than 10.
+    assert sqnr(run_plain(model, {"x": x})[0], run_plain(quantized, {"x": x})[0]) > 28
+
+
 def test_keep_float_and_its_mistakes(residual_model, measure):
     model = residual_model()
     ranges = measure(model)
