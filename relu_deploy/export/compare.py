@@ -157,7 +157,8 @@ class Comparison:
         if self._warned:
             return f"the exporter had warned: {self._warned[0]}"
         return (
-            "a branch on values or a fixed size in forward is the usual cause; --rtol allows more where rounding is it"
+            "a branch on values or a fixed size in forward is the usual cause; where such inputs never occur, as an "
+            "attention mask of zeros alone, say so with --input NAME=SHAPE:DTYPE:LO..HI; --rtol allows more rounding"
         )
 
     def _keep_worst(self, check: OutputCheck) -> None:
