@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several test processes with a pool of spinning threads each are many times slower than with one thread each."""
+    if request.node.get_closest_marker("torch") is None:
+        yield
+        return
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +38,7 @@ def common_det() -> Path:
 def photos() -> np.ndarray:
     """Photographs of scikit-image as the detector wants them: float32 (N, 3, 416, 416), RGB, 0 to 255."""
     data = pytest.importorskip("skimage.data", reason="scikit-image is not installed: pip install 'relu-deploy[dev]'")
-    transform = pytest.importorskip("skimage.transform")
+    transform = pytest.importorskip("skimage.transform", reason="scikit-image does not load")
     pictures = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
     resized = [transform.resize(picture, (416, 416), preserve_range=True) for picture in pictures]
     return np.stack(resized).transpose(0, 3, 1, 2).astype(np.float32)

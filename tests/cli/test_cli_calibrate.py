@@ -188,7 +188,7 @@ def test_a_failing_network_prints_nothing_but_our_message(folder):
 
 @pytest.mark.models
 def test_a_real_detector_on_images(common_det, photos, tmp_path):
-    image = pytest.importorskip("PIL.Image")
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed: pip install 'relu-deploy[images]'")
     (tmp_path / "photos").mkdir()
     for i, photo in enumerate(photos[:2]):
         image.fromarray(photo.transpose(1, 2, 0).round().astype(np.uint8)).save(tmp_path / "photos" / f"{i}.png")

@@ -11,8 +11,10 @@ from click.testing import CliRunner
 
 from relu_deploy.cli import main
 
-torch = pytest.importorskip("torch")
-safetensors_torch = pytest.importorskip("safetensors.torch")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
+safetensors_torch = pytest.importorskip(
+    "safetensors.torch", reason="safetensors is not installed: pip install 'relu-deploy[torch]'"
+)
 
 pytestmark = pytest.mark.torch
 

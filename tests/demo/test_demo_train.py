@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'relu-deploy[demo]'")
 from relu_deploy.demo.data import Digits, enlarge, load_digits  # noqa: E402
 from relu_deploy.demo.network import ACTIVATIONS, build_network, build_relu_network  # noqa: E402
 from relu_deploy.demo.train import distil_student, save_weights, train_teacher  # noqa: E402
@@ -82,7 +82,8 @@ def test_a_short_run_learns_and_the_student_keeps_the_shape(tmp_path):
     assert student.swap is not None
     assert {r.old for r in student.swap.replaced} == {"SiLU"}
     save_weights(student.model, tmp_path / "student.safetensors")
-    copy = build_relu_network().eval()
+    # Laid out as it was trained: in another layout torch sums in another order.
+    copy = build_relu_network().eval().to(memory_format=torch.channels_last)
     load_weights(copy, tmp_path / "student.safetensors")
     images = torch.from_numpy(digits.test_images[:8])
     with torch.no_grad():

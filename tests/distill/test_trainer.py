@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
 from torch import nn  # noqa: E402
 
 from relu_deploy.distill.trainer import (  # noqa: E402

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
 from torch import nn  # noqa: E402
 
 from relu_deploy.errors import TrainingError  # noqa: E402

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import time
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -25,11 +23,8 @@ def parse(text: str) -> onnx.ModelProto:
 
 
 @pytest.mark.models
-def test_a_published_silu_network_is_named_and_left_as_it_is():
-    found = importlib.util.find_spec("ddddocr")
-    if found is None or found.origin is None:
-        pytest.skip("ddddocr is not installed: it is part of the dev extra")
-    model = load_model(Path(found.origin).parent / "common_det.onnx")
+def test_a_published_silu_network_is_named_and_left_as_it_is(common_det):
+    model = load_model(common_det)
     same, report = rewrite(model)
     assert same is model
     reasons = [skip.reason for skip in report.passes[3].skipped]
