@@ -19,11 +19,11 @@ from rich.table import Table
 from calib.files import make_folder
 from calib.inputs import model_inputs
 from calib.sources import open_source
-from relu_deploy.bench.accuracy import sqnr_db
 from relu_deploy.engines.base import BuildConfig, get_backend
 from relu_deploy.errors import MissingExtraError
 from relu_deploy.flow import Int8Plan, build_engine
 from relu_deploy.graph import load_model
+from relu_deploy.int8.drift import sqnr_db
 from relu_deploy.int8.formats import weight_bits_for_cpu
 from relu_deploy.machine import describe_machine
 

@@ -17,6 +17,7 @@ from calib.sources import Source
 from relu_deploy.engines.base import BuildConfig, BuildReport, get_backend
 from relu_deploy.errors import QuantizationError, RangesError
 from relu_deploy.graph import load_model, save_model
+from relu_deploy.int8.drift import OutputDrift, measure_drift
 from relu_deploy.int8.run import QuantReport, quantize, refuse_quantized
 from relu_deploy.passes.run import RewriteReport, rewrite
 from relu_deploy.report import to_json
@@ -82,6 +83,8 @@ class EngineBuilt:
         rewrite: Graph passes.
         calibration: None for a float build.
         quantize: None for a float build.
+        drift: How far each output of the INT8 network is from the float one's, on the first calibration samples; empty
+            without calibration data.
         engine: The backend's report, also written beside the engine.
         kept: Files that ``keep`` asked for.
     """
@@ -89,6 +92,7 @@ class EngineBuilt:
     rewrite: RewriteReport
     calibration: Calibrated | None
     quantize: QuantReport | None
+    drift: tuple[OutputDrift, ...]
     engine: BuildReport
     kept: tuple[str, ...]
 
@@ -131,9 +135,12 @@ def build_engine(
             rewritten, ranges, target=config.target, weight_bits=int8.weight_bits, keep_float=int8.keep_float,
             check_ranges=False, extra_warnings=int8.warnings, weight_granularity=int8.weight_granularity,
         )  # fmt: skip
+    drift: tuple[OutputDrift, ...] = ()
+    if int8 is not None and int8.source is not None:
+        drift = measure_drift(rewritten, network, int8.source, integer_kernels=config.target == "ort")
     engine = backend.build(network, out, config)
     calibrated = None if ranges is None or int8 is None else _summary(ranges, int8)
-    built = EngineBuilt(rewrite_report, calibrated, quant_report, engine, _kept_names(keep, ranges))
+    built = EngineBuilt(rewrite_report, calibrated, quant_report, drift, engine, _kept_names(keep, ranges))
     if keep is not None:
         _keep(keep, rewritten, ranges, network, built)
     return built

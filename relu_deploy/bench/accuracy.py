@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from relu_deploy.bench.stats import proportion_interval
 from relu_deploy.errors import DataError
+from relu_deploy.int8.drift import sqnr_db
 
 Array = npt.NDArray[Any]
 
@@ -129,17 +130,6 @@ class Tally:
             max_abs_error=self._worst if compared and math.isfinite(self._worst) else None,
             nonfinite=self._nonfinite,
         )
-
-
-def sqnr_db(signal: float, noise: float) -> float | None:
-    """Signal over quantisation noise in decibels; None when there is no noise, no signal, or either is not finite.
-
-    >>> sqnr_db(100.0, 1.0)
-    20.0
-    """
-    if not (math.isfinite(signal) and math.isfinite(noise)) or signal <= 0 or noise <= 0:
-        return None
-    return 10 * math.log10(signal / noise)
 
 
 def top1(output: Array) -> Array | None:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from calib.inputs import model_inputs
-from calib.sources import open_source
 from relu_deploy.cli import inspect, quantize, rewrite
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, OUTPUT_FOLDER, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
 from relu_deploy.cli.int8_options import int8_options, weight_width
 from relu_deploy.cli.safety import FileCommand
-from relu_deploy.engines.base import BuildConfig, ShapeRange
-from relu_deploy.engines.inspect import inspect_engine
-from relu_deploy.flow import EngineBuilt, Int8Plan
-from relu_deploy.flow import build_engine as run_build
-from relu_deploy.graph import load_model
 from relu_deploy.targets import TARGETS
+
+if TYPE_CHECKING:
+    from relu_deploy.engines.base import ShapeRange
+    from relu_deploy.flow import EngineBuilt
+    from relu_deploy.int8.drift import OutputDrift
 
 _EXTENTS = r"\d+(?:x\d+)*"
 _SHAPES = re.compile(rf"(?P<name>.+)=(?P<first>{_EXTENTS})(?:\.\.(?P<second>{_EXTENTS})\.\.(?P<third>{_EXTENTS}))?")
@@ -29,6 +28,8 @@ _SHAPES = re.compile(rf"(?P<name>.+)=(?P<first>{_EXTENTS})(?:\.\.(?P<second>{_EX
 
 def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, ShapeRange]:
     """``NAME=MIN..OPT..MAX`` or ``NAME=SHAPE``, any number of times."""
+    from relu_deploy.engines.base import ShapeRange
+
     ranges = {}
     for value in values:
         if (found := _SHAPES.fullmatch(value)) is None:
@@ -100,6 +101,12 @@ def command(
       relu-deploy build-engine student.onnx --int8 --calib train.npy -o student.ort.onnx
       relu-deploy build-engine student.onnx --int8 --ranges ranges.json --target tensorrt-rtx --sm 89 -o student.engine
     """  # noqa: D301  \b is click's mark for text that keeps its lines
+    from calib.inputs import model_inputs
+    from calib.sources import open_source
+    from relu_deploy.engines.base import BuildConfig
+    from relu_deploy.flow import Int8Plan, build_engine
+    from relu_deploy.graph import load_model
+
     config = BuildConfig(
         target=target,  # type: ignore[arg-type]  # click.Choice has checked it
         sm=sm, shapes=shapes, optimization_level=optimization_level, workspace_mib=workspace, require_int8=require_int8,
@@ -113,18 +120,33 @@ def command(
     elif data is not None or ranges is not None:
         raise click.UsageError("--calib and --ranges are for INT8 builds: add --int8, or leave them out")
     with progress_bar() as progress:
-        built = run_build(model, output, config, int8=plan, keep=keep, progress=progress)
+        built = build_engine(model, output, config, int8=plan, keep=keep, progress=progress)
     emit(built, json_path, lambda: render(built, output))
 
 
 def render(built: EngineBuilt, output: Path) -> RenderableType:
     """All steps, one paragraph each."""
+    from relu_deploy.engines.inspect import inspect_engine
+
     parts: list[RenderableType] = [rewrite.render(built.rewrite)]
     if built.calibration is not None:
         used = built.calibration
         parts.append(Text(f"calibration: {used.method} over {used.samples} samples, {used.tensors} tensors"))
     if built.quantize is not None:
         parts.append(quantize.render(built.quantize))
+    parts.extend(_drift(output) for output in built.drift)
     parts.append(inspect.render(inspect_engine(output), layers=False))
     parts.extend(Text(f"kept {file}") for file in built.kept)
     return Group(*parts)
+
+
+def _drift(output: OutputDrift) -> Text:
+    """One output of the INT8 network against the float one's."""
+    found = "equal" if output.max_abs_error == 0 else "not finite"
+    if output.sqnr_db is not None:
+        found = f"SQNR {output.sqnr_db:.1f} dB, largest error {output.max_abs_error:.3g}"
+    text = f"INT8 against float, output {output.name}, {output.samples} calibration samples: {found}"
+    if not output.collapsed:
+        return Text(text)
+    why = "COLLAPSED: check that the calibration data is what the network is fed in use, or keep layers in float"
+    return Text(f"{text}. {why}", style="bold red")
