@@ -19,13 +19,6 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".
 
 MAX_EXTENT = 1 << 14
 
-PREPROCESS_HELP = """\
-resize=HxW (default: what the network takes); letterbox, or fit=stretch|letterbox|crop (default stretch); pad=0..255
-(default 114); filter=bilinear|nearest|bicubic|area (default bilinear); channels=rgb|bgr|gray (default rgb, gray for a
-network of one channel); scale=1/255 (default 1/255 for float inputs, 1 for integers); mean=R:G:B, std=R:G:B after scale
-(default 0 and 1); layout=nchw|nhwc (default: from the network's shape); dtype=NAME (default: the network's).
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:

@@ -124,5 +124,5 @@ def widened(tensor: Tensor, prefix: str) -> tuple[str, list[NodeProto]]:
 
 
 def make_observer(method: str, tensor: Tensor, prefix: str) -> Observer:
-    """Build the observer of a method in ``calib.ranges.METHODS``."""
+    """Build the observer of a method in ``calib.options.METHODS``."""
     return {"max": MaxObserver}[method](tensor, prefix)

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from calib.errors import FileError, RangesError
 from calib.files import read_json, write_text
 from calib.fingerprint import combine, model_fingerprint, to_hex
+from calib.options import METHODS
 
 FORMAT = "calib-ranges"
 FORMAT_VERSION = 1
 EMPTY = "it was empty for every sample"
-METHODS = ("max",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

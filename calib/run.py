@@ -20,8 +20,9 @@ from calib.graph import activations, channel_axes, leads_only_to_softmax, produc
 from calib.inputs import InputSpec, Sample, model_inputs
 from calib.model import opset
 from calib.observers import Observer, Tensor, make_observer, widened
+from calib.options import METHODS
 from calib.progress import Progress, silent
-from calib.ranges import EMPTY, METHODS, Ranges
+from calib.ranges import EMPTY, Ranges
 from calib.session import Session, with_outputs
 from calib.sources import Source
 

@@ -7,10 +7,8 @@ from pathlib import Path
 import click
 
 from calib.files import check_writable
-from calib.images import PREPROCESS_HELP
-from relu_deploy.bench.compare import bench
-from relu_deploy.bench.table import render
 from relu_deploy.cli.common import INPUT_FILE, emit, json_option, progress_bar
+from relu_deploy.cli.data_options import preprocess_option
 from relu_deploy.cli.safety import FileCommand
 
 
@@ -37,9 +35,7 @@ def _read_percentiles(ctx: click.Context, param: click.Parameter, value: str) ->
 @click.argument("engines", nargs=-1, required=True, type=INPUT_FILE, metavar="ENGINE...")
 @click.option("--against", required=True, type=INPUT_FILE, help="The original: an ONNX file or an engine.")
 @click.option("--data", metavar="DATA", help="As --calib of calibrate: measure accuracy too.  [default: random inputs]")
-@click.option(
-    "--preprocess", metavar="SPEC", help="How images become inputs, as KEY=VALUE,... Keys: " + PREPROCESS_HELP
-)
+@preprocess_option
 @click.option("--labels", type=INPUT_FILE, help="A .npy file of class numbers, one a sample: gives top-1 accuracy.")
 @click.option("--output", metavar="NAME", help="Output that accuracy is read from.  [default: the original's first]")
 @click.option("--batch", type=click.IntRange(min=1), help="Items an inference.  [default: the network's, or 1]")
@@ -108,6 +104,9 @@ def command(
       relu-deploy bench student-int8.onnx original-int8.onnx --against original.onnx \\
           --data test.npy --labels test-labels.npy --threads 2 --json bench.json
     """  # noqa: D301  click's \b keeps the example's lines; the doubled backslash is the shell's
+    from relu_deploy.bench.compare import bench
+    from relu_deploy.bench.table import render
+
     if json_path not in (None, "-"):
         check_writable(Path(json_path))
     with progress_bar() as progress:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from calib import ranges as ranges_file
 from calib.files import check_writable
-from calib.inputs import model_inputs
-from calib.ranges import METHODS, Ranges
-from calib.run import calibrate
-from calib.sources import open_source
-from calib.summary import DeadChannels, dead_channels, widest
+from calib.options import METHODS
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
 from relu_deploy.cli.safety import FileCommand
-from relu_deploy.graph import load_model
-from relu_deploy.report import Skip
+
+if TYPE_CHECKING:
+    from calib.ranges import Ranges
+    from calib.summary import DeadChannels
+    from relu_deploy.report import Skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +79,13 @@ def command(
       relu-deploy calibrate student.onnx --calib train.npy -o ranges.json
       relu-deploy calibrate detector.onnx --calib photos/ --preprocess letterbox,scale=1 -o ranges.json
     """  # noqa: D301  \b is click's mark for text that keeps its lines
+    from calib import ranges as ranges_file
+    from calib.inputs import model_inputs
+    from calib.run import calibrate
+    from calib.sources import open_source
+    from calib.summary import dead_channels
+    from relu_deploy.graph import load_model
+
     check_writable(output)
     model = load_model(model_path)
     source = open_source(data, model_inputs(model), preprocess=preprocess)
@@ -96,6 +102,9 @@ def command(
 
 def _report(ranges: Ranges, output: Path, seconds: float, dead: tuple[DeadChannels, ...]) -> CalibrationReport:
     """Put the report together."""
+    from calib.summary import widest
+    from relu_deploy.report import Skip
+
     skipped = tuple(Skip(name, reason) for name, reason in ranges.skipped.items())
     return CalibrationReport(
         output, ranges.method, ranges.samples, len(ranges.tensors), seconds, dict(widest(ranges)), dead, skipped,

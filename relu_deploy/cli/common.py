@@ -17,7 +17,6 @@ from calib.files import write_json
 from calib.progress import Progress
 from relu_deploy.cli.safety import OutputPath
 from relu_deploy.cli.screen import SafeConsole
-from relu_deploy.report import to_json
 
 INPUT_FILE = click.Path(path_type=Path)
 OUTPUT_FILE = OutputPath()
@@ -36,6 +35,8 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def emit(report: Any, json_path: str | None, render: Callable[[], RenderableType]) -> None:
     """Print a report for a person, and as JSON where asked. With ``--json -`` only JSON reaches standard output."""
+    from relu_deploy.report import to_json  # needs numpy, which no --help should wait for
+
     value = to_json(report)
     console = SafeConsole(stderr=json_path == "-", soft_wrap=True)
     if not console.is_terminal:

@@ -7,14 +7,17 @@ from typing import Any
 
 import click
 
-from calib.images import PREPROCESS_HELP
+from calib.options import PREPROCESS_HELP
 
 _DATA = (
     "Samples: a .npy file, a .npz file (arrays named by input), a folder of either, a folder of images, or "
     "module:function (looked for in the current folder too; returns or yields arrays or dicts of arrays). Samples are "
     "on axis 0."
 )
-_PREPROCESS = f"How images become inputs, as KEY=VALUE,... Keys: {PREPROCESS_HELP}"
+
+preprocess_option = click.option(
+    "--preprocess", metavar="SPEC", help=f"How images become inputs, as KEY=VALUE,... Keys: {PREPROCESS_HELP}"
+)
 
 
 def data_options(*, required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -25,7 +28,7 @@ def data_options(*, required: bool = True) -> Callable[[Callable[..., Any]], Cal
     """
     options = (
         click.option("--calib", "data", required=required, metavar="DATA", help=_DATA),
-        click.option("--preprocess", metavar="SPEC", help=_PREPROCESS),
+        preprocess_option,
         click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Use the first N.  [default: all]"),
         click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, metavar="B",
                      help="Samples a run, where the model's batch axis is dynamic; it does not change the result."),

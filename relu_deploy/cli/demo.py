@@ -8,8 +8,6 @@ import click
 
 from relu_deploy.cli.common import OUTPUT_FOLDER, emit, json_option, progress_bar
 from relu_deploy.cli.safety import FileCommand
-from relu_deploy.demo.report import render, write_pages
-from relu_deploy.demo.run import run_demo
 
 
 @click.command("demo", cls=FileCommand, short_help="See the whole job done on real data, with no download.")
@@ -36,6 +34,9 @@ def command(output: Path, seed: int, seconds: float, json_path: str | None) -> N
     Example:
       relu-deploy demo -o demo-run
     """  # noqa: D301  \b is click's mark for text that keeps its lines
+    from relu_deploy.demo.report import render, write_pages
+    from relu_deploy.demo.run import run_demo
+
     with progress_bar() as progress:
         report = run_demo(output, seed=seed, bench_seconds=seconds, progress=progress)
     write_pages(report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 from rich.console import Group
@@ -13,7 +13,9 @@ from rich.text import Text
 from calib.files import check_writable
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.safety import FileCommand
-from relu_deploy.export.report import ExportReport
+
+if TYPE_CHECKING:
+    from relu_deploy.export.report import ExportReport
 
 
 @click.command("export", cls=FileCommand, short_help="Export a torch model; written only if ONNX Runtime agrees.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Group, RenderableType
@@ -11,7 +12,9 @@ from rich.text import Text
 
 from relu_deploy.cli.common import INPUT_FILE, emit, json_option
 from relu_deploy.cli.safety import FileCommand
-from relu_deploy.engines.inspect import Inspection, inspect_engine
+
+if TYPE_CHECKING:
+    from relu_deploy.engines.inspect import Inspection
 
 # So many lines of a kind are printed before `--layers` is pointed to.
 _FEW = 10
@@ -33,6 +36,8 @@ def command(engine: Path, layers: bool, json_path: str | None) -> None:
     Example:
       relu-deploy inspect student.engine --layers
     """  # noqa: D301  \b is click's mark for text that keeps its lines
+    from relu_deploy.engines.inspect import inspect_engine
+
     found = inspect_engine(engine)
     emit(found, json_path, lambda: render(found, layers=layers))
 

@@ -7,9 +7,6 @@ from typing import Any
 
 import click
 
-from relu_deploy.int8.formats import weight_bits_for_cpu
-from relu_deploy.machine import describe_machine
-
 
 def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--weight-bits``, ``--weight-granularity`` and ``--keep-float``."""
@@ -34,6 +31,9 @@ def weight_width(choice: str, target: str) -> tuple[int, tuple[str, ...]]:
     """Resolve ``--weight-bits`` for a target; the second value warns where this CPU decided or contradicts it."""
     if target != "ort":
         return 8, ()
+    from relu_deploy.int8.formats import weight_bits_for_cpu
+    from relu_deploy.machine import describe_machine
+
     here = weight_bits_for_cpu(describe_machine().flags)
     if choice == "auto":
         if here == 8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Group, RenderableType
@@ -10,14 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from calib.files import check_writable
-from calib.ranges import load as load_ranges
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.int8_options import int8_options, weight_width
 from relu_deploy.cli.safety import FileCommand
-from relu_deploy.graph import load_model, save_model
-from relu_deploy.int8.run import QuantReport
-from relu_deploy.int8.run import quantize as quantize_model
 from relu_deploy.targets import TARGETS
+
+if TYPE_CHECKING:
+    from relu_deploy.int8.run import QuantReport
 
 _GRAIN = {"channel": "channel", "tensor": "layer"}
 
@@ -54,10 +54,14 @@ def command(
       relu-deploy quantize student.onnx --ranges ranges.json --target ort -o student.int8.onnx
     """  # noqa: D301  \b is click's mark for text that keeps its lines
     check_writable(output)
+    from calib import ranges as ranges_file
+    from relu_deploy.graph import load_model, save_model
+    from relu_deploy.int8.run import quantize
+
     source = load_model(model)
     width, warning = weight_width(weight_bits, target)
-    quantized, report = quantize_model(
-        source, load_ranges(ranges), target=target, weight_bits=width, weight_granularity=weight_granularity,
+    quantized, report = quantize(
+        source, ranges_file.load(ranges), target=target, weight_bits=width, weight_granularity=weight_granularity,
         keep_float=keep_float, extra_warnings=warning,
     )  # fmt: skip
     save_model(quantized, output)

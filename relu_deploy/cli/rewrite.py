@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Group
@@ -12,9 +13,10 @@ from rich.text import Text
 
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.safety import FileCommand
-from relu_deploy.graph import load_model, save_model
-from relu_deploy.passes.run import RewriteReport, rewrite
-from relu_deploy.report import PassReport
+
+if TYPE_CHECKING:
+    from relu_deploy.passes.run import RewriteReport
+    from relu_deploy.report import PassReport
 
 # Names listed for one line of a table; the JSON report has them all.
 _NAMES = 3
@@ -36,6 +38,9 @@ def command(model: Path, output: Path, no_verify: bool, seed: int, json_path: st
     Example:
       relu-deploy rewrite student.onnx -o student.relu.onnx
     """  # noqa: D301  \b is click's mark for text that keeps its lines
+    from relu_deploy.graph import load_model, save_model
+    from relu_deploy.passes.run import rewrite
+
     original = load_model(model)
     result, report = rewrite(original, verify=not no_verify, seed=seed)
     save_model(result, output)
