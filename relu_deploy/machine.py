@@ -6,10 +6,13 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 # What decides the speed of int8 and float kernels. CPUs without any VNNI run int8 at about the speed of float.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+# Integer dot products that add into 32 bits; without one, x86 multiplies int8 through a saturating 16-bit sum.
+_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
 PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt", "relu-deploy")
 
 
@@ -68,6 +71,19 @@ def describe_machine() -> Machine:
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
         gpu_driver=_read("/sys/module/nvidia/version").strip() or None,
     )
+
+
+def lacks_vnni(flags: Iterable[str]) -> bool:
+    """Whether a CPU is x86 with AVX2 or AVX-512 but without an int8 dot product; False on other architectures.
+
+    Args:
+        flags: CPU feature names as Linux tells them.
+
+    >>> lacks_vnni(["avx2"]), lacks_vnni(["avx512f", "avx512_vnni"]), lacks_vnni(["asimddp"])
+    (True, False, False)
+    """
+    has = set(flags)
+    return not has.isdisjoint({"avx2", "avx512f"}) and has.isdisjoint(_DOT_PRODUCTS)
 
 
 def available_cpus() -> int:

@@ -13,14 +13,13 @@ from relu_deploy.bench.measure import Raw
 from relu_deploy.bench.stats import Floats, Percentile, Ratio, coefficient_of_variation, percentile, ratio
 from relu_deploy.bench.subject import Subject
 from relu_deploy.errors import DataError
-from relu_deploy.machine import Machine
+from relu_deploy.machine import Machine, lacks_vnni
 
 # pyperf calls a result unstable from here on: "the standard deviation represents 10% of the mean".
 HIGH_VARIATION = 0.10
 # Shares of the usable processors that others took, or the hypervisor kept, from which a measurement is called noisy. A
 # quiet desktop shows 1 to 3 %.
 NOISY_OTHERS, NOISY_STOLEN = 0.05, 0.02
-_VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +242,7 @@ def _clock_warnings(results: Sequence[EngineResult]) -> list[str]:
 
 def _int8_warnings(results: Sequence[EngineResult], machine: Machine) -> list[str]:
     on_cpu = any(result.precision == "int8" and result.target in ("onnx", "ort") for result in results)
-    if not on_cpu or "avx2" not in machine.flags or _VNNI & set(machine.flags):
+    if not on_cpu or not lacks_vnni(machine.flags):
         return []
     return [
         "this CPU has no VNNI instructions: int8 gains little here, and its speed elsewhere cannot be told from this"

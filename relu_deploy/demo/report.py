@@ -16,6 +16,7 @@ from calib.files import write_json, write_text
 from relu_deploy.bench.stats import Ratio
 from relu_deploy.demo.run import SM, DemoReport
 from relu_deploy.flow import EngineBuilt
+from relu_deploy.machine import lacks_vnni
 from relu_deploy.report import to_json
 
 NO_GPU = f"no GPU: the TensorRT-RTX engines (SM {SM}) were built and read, not run; their speed is not known"
@@ -125,8 +126,8 @@ def facts(report: DemoReport) -> Iterator[str]:
         )
     yield report.without_rtx or NO_GPU
     machine = report.machine
-    vnni = "with VNNI" if any("vnni" in flag for flag in machine.flags) else "without VNNI"
-    yield f"{machine.cpu} {vnni}, {machine.logical_cpus} processors; onnxruntime {machine.packages.get('onnxruntime')}"
+    cpu = f"{machine.cpu} without VNNI" if lacks_vnni(machine.flags) else machine.cpu
+    yield f"{cpu}, {machine.logical_cpus} processors; onnxruntime {machine.packages.get('onnxruntime')}"
 
 
 def write_pages(report: DemoReport) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relu_deploy.errors import QuantizationError
+from relu_deploy.machine import lacks_vnni
 from relu_deploy.targets import TARGETS, Target
 
 Granularity = Literal["channel", "tensor"]
@@ -125,9 +126,7 @@ def weight_bits_for_cpu(flags: Iterable[str]) -> int:
     >>> weight_bits_for_cpu(["avx2"]), weight_bits_for_cpu(["avx2", "avx512_vnni"]), weight_bits_for_cpu(["asimddp"])
     (7, 8, 8)
     """
-    has = set(flags)
-    saturates = bool(has & {"avx2", "avx512f"}) and not has & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
-    return 7 if saturates else 8
+    return 7 if lacks_vnni(flags) else 8
 
 
 def activation_qparams(low: float, high: float, number: NumberFormat) -> QParams:
