@@ -53,6 +53,25 @@ def check_writable(target: Path) -> None:
         raise FileError(f"cannot write {target}: no permission to write in {folder}")
 
 
+def require_file(path: Path, *, to: str = "read") -> None:
+    """Refuse an input that is not there, before anything is done with the others.
+
+    Args:
+        path: A file, or a link to one.
+        to: What it is wanted for, as in "cannot read the model x.onnx".
+
+    Raises:
+        FileError: it does not exist, is a folder, or its name is none that the system takes.
+    """
+    try:
+        if path.is_file():
+            return
+        why = "is a folder" if path.is_dir() else "does not exist"
+    except OSError as error:  # longer than the system takes
+        raise FileError(f"cannot {to} {path}: {error.strerror or error}") from error
+    raise FileError(f"cannot {to} {path}: it {why}")
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, where it does not exist.
 

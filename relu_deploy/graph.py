@@ -17,7 +17,7 @@ from onnx import external_data_helper
 from onnx.version_converter import ConvertError
 
 from calib.errors import first_line
-from calib.files import atomic_path, check_writable
+from calib.files import atomic_path, check_writable, require_file
 from calib.model import PROTOBUF_LIMIT, STANDARD_DOMAINS, all_nodes, fits_one_message, opset, tensor_bytes
 from relu_deploy.errors import FileError, ModelError
 from relu_deploy.untrusted import check_parsed
@@ -85,9 +85,7 @@ def load_model(path: Path) -> onnx.ModelProto:
 
 def parse_model(path: Path) -> onnx.ModelProto:
     """Parse the file and nothing else: no external data, no checker. Raises as :func:`load_model`."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileError(f"cannot read the model {path}: it {what}")
+    require_file(path, to="read the model")
     if path.stat().st_size > PROTOBUF_LIMIT:
         raise ModelError(f"{path} is larger than 2 GiB, which no ONNX file can be", hint="is it a weights file?")
     model = onnx.ModelProto()

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 from onnx import external_data_helper
 
-from calib.files import read_json
+from calib.files import read_json, require_file
 from calib.model import first_quantized
 from relu_deploy.bench.protocol import PLAIN_ONNX
 from relu_deploy.engines.manifest import manifest_path, read_manifest
-from relu_deploy.errors import EngineError, FileError
+from relu_deploy.errors import EngineError
 from relu_deploy.graph import load_model, parse_model
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -50,9 +50,7 @@ def read_subject(path: Path) -> Subject:
         ModelError: it is an ONNX file that is damaged or unsupported.
         EngineError: it is neither an ONNX file nor an engine with a manifest, or not the engine its manifest describes.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileError(f"cannot measure {path}: it {what}")
+    require_file(path, to="measure")
     if _has_manifest(path):
         return _read_engine(path)
     if path.suffix != ".onnx":

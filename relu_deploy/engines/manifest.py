@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from calib.files import read_json, sha256_file, write_json
+from calib.files import read_json, require_file, sha256_file, write_json
 from relu_deploy.engines.audit import Activation, Audit, LinearLayer
 from relu_deploy.engines.base import BuildReport, ShapeRange
 from relu_deploy.errors import EngineError, FileError
@@ -41,8 +41,7 @@ def read_manifest(engine: Path) -> BuildReport:
         FileError: the engine or its manifest is missing, or the manifest is not JSON.
         EngineError: the manifest is not one of ours, or the engine is not the file it describes.
     """
-    if not engine.is_file():
-        raise FileError(f"cannot read the engine {engine}: it {'is a folder' if engine.is_dir() else 'does not exist'}")
+    require_file(engine, to="read the engine")
     path = manifest_path(engine)
     if not path.is_file():
         raise FileError(

@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from calib.errors import FileError
+from calib.files import require_file
 from relu_deploy.errors import ExportError
 from relu_deploy.export.convert import quiet
 from relu_deploy.export.specs import DTYPES, InputSpec
@@ -119,8 +120,7 @@ def load_pt2(path: Path) -> Program:
 
 def _read_parts(path: Path) -> dict[str, bytes]:
     """Every needed entry of the archive, after its names and sizes were checked."""
-    if not path.is_file():
-        raise FileError(f"cannot read {path}: it {'is a folder' if path.is_dir() else 'does not exist'}")
+    require_file(path)
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise ExportError(

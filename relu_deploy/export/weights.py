@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import FileError, MissingExtraError
+from calib.files import require_file
 from relu_deploy.errors import ExportError
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state_dict inside a ``.safetensors`` or ``.pt`` file, on the CPU. Raises as :func:`load_weights`."""
-    if not path.is_file():
-        what = "it is a folder" if path.is_dir() else "it does not exist"
-        raise FileError(f"cannot read the weights {path}: {what}")
+    require_file(path, to="read the weights")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
