@@ -12,6 +12,7 @@ from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
 from relu_deploy.int8.formats import NumberFormat, QParams, number_format
+from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import matmul_add_to_gemm, spatial_mean_to_pool
 from relu_deploy.int8.place import Layer, Placement, place
 from relu_deploy.int8.write import Written, write
@@ -99,6 +100,8 @@ def quantize(
     present = graph.tensors()
     bounds = {name: (r.min, r.max) for name, r in ranges.tensors.items() if name in present}
     bounds.update({new: bounds[old] for new, old in aliases.items() if old in bounds})
+    if number.unsigned:
+        bounds = respect_softmax(graph, bounds)
     placement = place(graph, bounds, number, keep_float=keep_float)
     _check_layers(placement, keep_float)
     written = write(graph, placement, bounds, number)
