@@ -90,7 +90,7 @@ def place(
     chosen = {layer.name for layer in layers if layer.int8}
     if number.unsigned:
         return _place_ort(graph, known, chosen, layers)
-    return _place_tensorrt(graph, known, chosen, layers)
+    return _place_tensorrt(graph, known, chosen, layers, number)
 
 
 def fused_relu(tensor: gs.Variable, graph: gs.Graph) -> gs.Node | None:
@@ -241,15 +241,32 @@ def _place_ort(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple
     )
 
 
-def _place_tensorrt(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple[Layer, ...]) -> Placement:
+def _place_tensorrt(
+    graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple[Layer, ...], number: NumberFormat
+) -> Placement:
     uses: dict[str, set[str]] = {}
     order = {id(node): index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.name in chosen:
             uses.setdefault(node.inputs[0].name, set()).add(node.name)
-        elif node.op == "Add" and (shortcut := _shortcut(node, chosen, order)) is not None and shortcut.name in known:
-            uses.setdefault(shortcut.name, set()).add(node.name)
+    for node in graph.nodes:
+        for tensor in _residual_operands(node, chosen, order, number):
+            if tensor.name in known:
+                uses.setdefault(tensor.name, set()).add(node.name)
     return Placement({name: frozenset(nodes) for name, nodes in uses.items()}, (), layers)
+
+
+def _residual_operands(
+    node: gs.Node, chosen: set[str], order: dict[int, int], number: NumberFormat
+) -> list[gs.Variable]:
+    """Operands of a residual Add that are read as INT8: the shortcut.
+
+    With a single weight scale a layer it is both, because TensorRT-RTX would then fuse the sum into the convolution and
+    dequantise the shortcut in a kernel of its own; docs/placement.md has the bytes.
+    """
+    if node.op != "Add" or (shortcut := _shortcut(node, chosen, order)) is None:
+        return []
+    return [shortcut] if number.weight_granularity == "channel" else list(node.inputs)
 
 
 def _shortcut(node: gs.Node, chosen: set[str], order: dict[int, int]) -> gs.Variable | None:

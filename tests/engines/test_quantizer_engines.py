@@ -303,6 +303,63 @@ def test_one_weight_scale_a_layer_lets_the_compiler_fuse(residual_model: Callabl
     assert {"stem", "block.conv1", "fuse"} <= set(fused["tensor"])
 
 
+def residual(width: int = 64, size: int = 56) -> onnx.ModelProto:
+    """Two basic blocks of a residual network, wide enough for bytes to count."""
+    text = f"""(float[1,{width},{size},{size}] x) => (float[1,{width},{size},{size}] y) {{
+      [c1] a1 = Conv<pads=[1,1,1,1]>(x, w1, b) r1 = Relu(a1) [c2] a2 = Conv<pads=[1,1,1,1]>(r1, w2, b)
+      [sum1] s1 = Add(a2, x) r2 = Relu(s1)
+      [c3] a3 = Conv<pads=[1,1,1,1]>(r2, w3, b) r3 = Relu(a3) [c4] a4 = Conv<pads=[1,1,1,1]>(r3, w4, b)
+      [sum2] s2 = Add(a4, r2) y = Relu(s2) }}"""
+    return parse(text, {**{f"w{i}": (width, width, 3, 3) for i in range(1, 5)}, "b": (width,)})
+
+
+def without_qdq(model: onnx.ModelProto, reader: str, operand: str) -> onnx.ModelProto:
+    """A copy in which one node reads the float tensor in place of its dequantised codes."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    (node,) = (node for node in copied.graph.node if node.name == reader)
+    assert f"{operand}/dequantized" in node.input
+    node.input[:] = [operand if name == f"{operand}/dequantized" else name for name in node.input]
+    return copied
+
+
+def test_the_quantised_shortcut_saves_bytes(tmp_path: Path) -> None:
+    model = residual()
+    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx")
+    float_shortcut = without_qdq(without_qdq(quantized, "sum1", "x"), "sum2", "r2")
+    ours, other = (build(each, tmp_path).audit for each in (quantized, float_shortcut))
+    assert (ours.int8, other.int8) == (4, 4)
+    assert ours.bytes_moved is not None
+    assert other.bytes_moved is not None
+    assert ours.bytes_moved < other.bytes_moved
+    assert (ours.kernels or 0) <= (other.kernels or 0)
+
+
+def test_with_one_weight_scale_both_operands_of_a_sum_are_quantised(tmp_path: Path) -> None:
+    model = residual()
+    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx", weight_granularity="tensor")
+    sums = [node for node in quantized.graph.node if node.op_type == "Add"]
+    assert [sorted(node.input) for node in sums] == [
+        ["a2/dequantized", "x/dequantized"], ["a4/dequantized", "r2/dequantized"]]  # fmt: skip
+    shortcut_only = without_qdq(without_qdq(quantized, "sum1", "a2"), "sum2", "a4")
+    ours, other = (build(each, tmp_path).audit for each in (quantized, shortcut_only))
+    assert (ours.int8, other.int8) == (4, 4)
+    assert ours.bytes_moved is not None
+    assert other.bytes_moved is not None
+    assert ours.bytes_moved < other.bytes_moved
+    assert (ours.kernels or 0) <= (other.kernels or 0)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_no_int8_layer_of_this_compiler_writes_int8(tmp_path: Path, granularity: str) -> None:
+    """What docs/placement.md says: quantising is a kernel of its own. When this fails, there are bytes to be saved."""
+    model = parse(PLAIN, PLAIN_WEIGHTS)
+    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx", weight_granularity=granularity)
+    audit = build(quantized, tmp_path).audit
+    assert [(layer.precision, layer.output) for layer in audit.linear] == [("int8", "fp32")] * 2
+    assert audit.kernels == 5  # quantise, convolve, quantise, convolve, and back to the output's own order of axes
+
+
 # What follows shows that the checks above can fail.
 
 
