@@ -13,7 +13,15 @@ from calib.files import atomic_path
 from calib.progress import Progress, silent
 from relu_deploy.demo.data import Digits
 from relu_deploy.demo.network import build_network
-from relu_deploy.distill.trainer import TrainConfig, TrainReport, accuracy, cross_entropy, fit, hard_label_objective
+from relu_deploy.distill.trainer import (
+    Objective,
+    TrainConfig,
+    TrainReport,
+    accuracy,
+    cross_entropy,
+    fit,
+    hard_label_objective,
+)
 from relu_deploy.nn.swap import SwapReport, relu, replace_activations
 
 TEACHER = TrainConfig(epochs=4)
@@ -51,12 +59,8 @@ def train_teacher(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        # Channels last trains faster on CPUs; the weights are the same numbers either way.
-        model = build_network(activation).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images, labels = _tensors(digits.train_images, digits.train_labels)
-    training = fit(
-        model, images, labels, objective=cross_entropy, config=config, what="train teacher", progress=progress
-    )
+        model = build_network(activation)
+    training = _fit(model, digits, cross_entropy, config, "train teacher", progress)
     return Trained(model, _test_accuracy(model, digits), training)
 
 
@@ -74,11 +78,7 @@ def distil_student(
         progress: Told after every step, as "distil student".
     """
     student, swap = replace_activations(teacher, relu)
-    images, labels = _tensors(digits.train_images, digits.train_labels)
-    objective = hard_label_objective(teacher)
-    training = fit(
-        student, images, labels, objective=objective, config=config, what="distil student", progress=progress
-    )
+    training = _fit(student, digits, hard_label_objective(teacher), config, "distil student", progress)
     return Trained(student, _test_accuracy(student, digits), training, swap)
 
 
@@ -96,6 +96,17 @@ def save_weights(model: nn.Module, path: Path) -> None:
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def _fit(
+    model: nn.Module, digits: Digits, objective: Objective, config: TrainConfig, what: str, progress: Progress
+) -> TrainReport:
+    """Train on the training part, in channels-last, which is faster on CPUs; then back to the usual layout."""
+    images, labels = _tensors(digits.train_images, digits.train_labels)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    training = fit(model, images, labels, objective=objective, config=config, what=what, progress=progress)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return training
 
 
 def _test_accuracy(model: nn.Module, digits: Digits) -> float:

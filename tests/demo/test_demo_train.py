@@ -82,9 +82,9 @@ def test_a_short_run_learns_and_the_student_keeps_the_shape(tmp_path):
     assert student.swap is not None
     assert {r.old for r in student.swap.replaced} == {"SiLU"}
     save_weights(student.model, tmp_path / "student.safetensors")
-    # Laid out as it was trained: in another layout torch sums in another order.
-    copy = build_relu_network().eval().to(memory_format=torch.channels_last)
+    copy = build_relu_network().eval()
     load_weights(copy, tmp_path / "student.safetensors")
     images = torch.from_numpy(digits.test_images[:8])
-    with torch.no_grad():
-        assert torch.equal(copy(images), student.model(images))
+    assert all(torch.equal(copy.state_dict()[name], value) for name, value in student.model.state_dict().items())
+    with torch.no_grad():  # equal weights that lie elsewhere in memory may meet another kernel, which sums otherwise
+        torch.testing.assert_close(copy(images), student.model(images), rtol=1e-5, atol=1e-5)
