@@ -157,6 +157,10 @@ def _report(
             f"{len(written.dead)} tensors were zero in every sample, so their scale is arbitrary: "
             + ", ".join(written.dead[:5])
         )
+    if written.faint:
+        warnings.append(
+            f"{len(written.faint)} tensors are too small for any scale and become 0: " + ", ".join(written.faint[:5])
+        )
     if written.dead_channels:
         total = sum(written.dead_channels.values())
         warnings.append(f"{total} output channels in {len(written.dead_channels)} layers have only zero weights")

@@ -32,12 +32,14 @@ class Written:
         dropped: Names of ReLU and Clip nodes that the quantiser behind them replaces.
         dead: Tensors that were zero in every sample, whose scale is therefore arbitrary.
         dead_channels: Layer name -> number of output channels whose weights are all zero.
+        faint: Tensors that are not zero, but below half a step of the smallest usable scale.
     """
 
     activations: dict[str, QParams] = dataclasses.field(default_factory=dict)
     dropped: list[str] = dataclasses.field(default_factory=list)
     dead: list[str] = dataclasses.field(default_factory=list)
     dead_channels: dict[str, int] = dataclasses.field(default_factory=dict)
+    faint: list[str] = dataclasses.field(default_factory=list)
 
 
 def write(
@@ -53,6 +55,9 @@ def write(
     """
     written = Written(_scales(placement, bounds, number))
     written.dead = [name for name in placement.uses if bounds[name] == (0.0, 0.0)]
+    written.faint = [
+        name for name in placement.uses if 0 < max(map(abs, bounds[name])) < written.activations[name].scale / 2
+    ]
     nodes = {node.name: node for node in graph.nodes}
     tensors = graph.tensors()
     for name, readers in placement.uses.items():

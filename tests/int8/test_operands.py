@@ -6,6 +6,9 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
+from calib.inputs import model_inputs
+from calib.run import calibrate
+from calib.sources import open_source
 from relu_deploy.int8.run import quantize
 
 RNG = np.random.default_rng(5)
@@ -53,3 +56,43 @@ def test_bias_behind_a_tensor_that_is_always_zero(measure):
     step = report.activations["y"].scale
     # Half a step of the output, and a step of the bias, which is far below it.
     assert np.abs(coded - bias.reshape(1, 4, 1, 1)).max() <= 0.51 * step
+
+
+CAPTURES = {
+    "a clipped tensor": "z = MatMul(r, v) y = If(p) <then_branch = a () => (float[4, 3] t) { t = MatMul(r, v) }, "
+    "else_branch = b () => (float[4, 3] e) { e = Identity(z) }>",
+    "what is clipped": "z = MatMul(r, v) y = If(p) <then_branch = a () => (float[4, 5] t) { t = Neg(s) }, "
+    "else_branch = b () => (float[4, 5] e) { e = Identity(s) }>",
+    "a product before its bias": "z = MatMul(r, v) y = If(p) <then_branch = a () => (float[4, 5] t) { t = Neg(h) }, "
+    "else_branch = b () => (float[4, 5] e) { e = Identity(h) }>",
+}
+
+
+@pytest.mark.parametrize("body", CAPTURES.values(), ids=CAPTURES)
+@pytest.mark.parametrize("branch", [True, False])
+def test_tensors_that_a_branch_captures(body, branch):
+    columns = 3 if "float[4, 3] t" in body else 5
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> '
+        f"g (float[4, 6] x) => (float[4, {columns}] y, float[4, 3] z) "
+        f"{{ h = MatMul(x, w) s = Add(h, b0) r = Relu(s) {body} }}"
+    )
+    weights = {"w": RNG.normal(0, 0.5, (6, 5)), "v": RNG.normal(0, 0.5, (5, 3)), "b0": RNG.normal(size=5)}
+    for name, values in weights.items():
+        model.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(branch), "p"))
+    data = RNG.normal(size=(32, 6)).astype(np.float32)
+    quantized, _ = quantize(
+        model, calibrate(model, open_source(data, model_inputs(model))), target="ort", weight_bits=8
+    )
+    for exact, coded in zip(run(model, {"x": data[:4]}), run(quantized, {"x": data[:4]}), strict=True):
+        # Two layers of 8 bits: within 5 % of the largest value; a lost ReLU or bias is off by the values themselves.
+        assert np.abs(exact - coded).max() < 0.05 * np.abs(exact).max()
+
+
+def test_values_too_small_for_any_scale_are_warned_of(measure):
+    """Random weights of a deep network make activations of 1e-25: their codes are all 0, and so is the output."""
+    model = network("c = Conv<pads=[1,1,1,1]>(x, w) y = Conv<pads=[1,1,1,1]>(c, w)", w=KERNEL * 1e-20)
+    report = quantize(model, measure(model), target="ort")[1]
+    (warning,) = (text for text in report.warnings if "too small" in text)
+    assert "c, y" in warning
