@@ -140,9 +140,9 @@ def _train_and_export(folder: Path, digits: Digits, *, seed: int, progress: Prog
 
 
 def _export(trained: Trained, path: Path, progress: Progress) -> ExportReport:
-    from relu_deploy.export import DynamicAxis, InputSpec, export_model
+    from relu_deploy.export import DynamicAxis, ExampleInput, export_model
 
-    image, batch = InputSpec(INPUT, (1, 1, 32, 32)), DynamicAxis(INPUT, 0, 1, 64)
+    image, batch = ExampleInput(INPUT, (1, 1, 32, 32)), DynamicAxis(INPUT, 0, 1, 64)
     return export_model(trained.model, [image], path, dynamic=[batch], source="relu_deploy.demo", progress=progress)
 
 

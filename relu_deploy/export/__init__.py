@@ -9,6 +9,14 @@ from __future__ import annotations
 from relu_deploy.export.report import ExportReport, OutputCheck
 from relu_deploy.export.run import DEFAULT_OPSET, export_model
 from relu_deploy.export.source import load_factory
-from relu_deploy.export.specs import DynamicAxis, InputSpec
+from relu_deploy.export.specs import DynamicAxis, ExampleInput
 
-__all__ = ["DEFAULT_OPSET", "DynamicAxis", "ExportReport", "InputSpec", "OutputCheck", "export_model", "load_factory"]
+__all__ = [
+    "DEFAULT_OPSET",
+    "DynamicAxis",
+    "ExampleInput",
+    "ExportReport",
+    "OutputCheck",
+    "export_model",
+    "load_factory",
+]

@@ -28,7 +28,7 @@ from calib.errors import FileError
 from calib.files import require_file
 from relu_deploy.errors import ExportError
 from relu_deploy.export.convert import quiet
-from relu_deploy.export.specs import DTYPES, InputSpec
+from relu_deploy.export.specs import DTYPES, ExampleInput
 
 # SerializeError is a RuntimeError; the others are what its reader stumbles over.
 _TORCH_ERRORS = (RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError)
@@ -258,7 +258,7 @@ def _check_mode(program: ExportedProgram, path: Path) -> None:
         )
 
 
-def _specs(program: ExportedProgram) -> tuple[InputSpec, ...] | None:
+def _specs(program: ExportedProgram) -> tuple[ExampleInput, ...] | None:
     specs = []
     names = program.graph_signature.user_inputs
     for node in program.graph.nodes:
@@ -268,5 +268,5 @@ def _specs(program: ExportedProgram) -> tuple[InputSpec, ...] | None:
         dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
         if dtype not in DTYPES or not all(isinstance(size, int) for size in value.shape):
             return None
-        specs.append(InputSpec(node.name, tuple(value.shape), dtype))
+        specs.append(ExampleInput(node.name, tuple(value.shape), dtype))
     return tuple(specs)

@@ -17,7 +17,7 @@ from relu_deploy.errors import ExportError
 from relu_deploy.export.report import ExportReport, OutputCheck
 from relu_deploy.export.samples import make_sample, make_samples, traced_shapes
 from relu_deploy.export.source import require_torch
-from relu_deploy.export.specs import DynamicAxis, InputSpec, check_specs
+from relu_deploy.export.specs import DynamicAxis, ExampleInput, check_specs
 from relu_deploy.graph import check_model, name_nodes, save_model
 from relu_deploy.model_io import model_io
 
@@ -34,7 +34,7 @@ _OPSETS = {"dynamo": range(18, 24), "torchscript": range(11, 21)}
 
 def export_model(
     model: nn.Module,
-    inputs: Sequence[InputSpec],
+    inputs: Sequence[ExampleInput],
     out: Path,
     *,
     dynamic: Sequence[DynamicAxis] = (),
@@ -93,7 +93,7 @@ def export_model(
 class _Job:
     """The options of one export, and its two steps: convert, compare."""
 
-    inputs: tuple[InputSpec, ...]
+    inputs: tuple[ExampleInput, ...]
     dynamic: tuple[DynamicAxis, ...]
     opset: int
     exporter: Literal["dynamo", "torchscript"]

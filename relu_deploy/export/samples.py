@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relu_deploy.export.specs import DynamicAxis, InputSpec, format_shape
+from relu_deploy.export.specs import DynamicAxis, ExampleInput, format_shape
 
 KINDS = ("any", "low", "high")
 # Any vocabulary, mask and token type has the entries 0 and 1; what needs more is told with lo..hi.
@@ -29,7 +29,7 @@ class Sample:
     feeds: dict[str, npt.NDArray[Any]]
 
 
-def make_sample(inputs: Sequence[InputSpec], shapes: Shapes, kind: str, *, seed: int) -> Sample:
+def make_sample(inputs: Sequence[ExampleInput], shapes: Shapes, kind: str, *, seed: int) -> Sample:
     """Draw values for every input at the given shapes; the same for the same seed."""
     rng = np.random.default_rng(seed)
     feeds = {spec.name: draw(spec, shapes[spec.name], kind, rng) for spec in inputs}
@@ -37,7 +37,7 @@ def make_sample(inputs: Sequence[InputSpec], shapes: Shapes, kind: str, *, seed:
     return Sample(f"{sizes} ({kind} values of the range, seed {seed})", feeds)
 
 
-def traced_shapes(inputs: Sequence[InputSpec], dynamic: Sequence[DynamicAxis]) -> Shapes:
+def traced_shapes(inputs: Sequence[ExampleInput], dynamic: Sequence[DynamicAxis]) -> Shapes:
     """The example's shapes; a dynamic size of 1 is made larger, as torch.export treats the size 1 as a constant."""
     shapes = {spec.name: list(spec.shape) for spec in inputs}
     for axis in dynamic:
@@ -47,7 +47,7 @@ def traced_shapes(inputs: Sequence[InputSpec], dynamic: Sequence[DynamicAxis]) -
 
 
 def make_samples(
-    inputs: Sequence[InputSpec],
+    inputs: Sequence[ExampleInput],
     dynamic: Sequence[DynamicAxis],
     symbols: Mapping[tuple[str, int], str],
     *,
@@ -104,7 +104,7 @@ def _with_sizes(example: Shapes, sizes: Mapping[str, int], symbols: Mapping[tupl
     }
 
 
-def draw(spec: InputSpec, shape: Sequence[int], kind: str, rng: np.random.Generator) -> npt.NDArray[Any]:
+def draw(spec: ExampleInput, shape: Sequence[int], kind: str, rng: np.random.Generator) -> npt.NDArray[Any]:
     """Random values for an input, of its dtype.
 
     ``kind`` is ``"any"``, ``"low"`` or ``"high"``: all of the range, or its lower or upper half. A branch on the data

@@ -19,7 +19,7 @@ from relu_deploy.errors import ExportError
 if TYPE_CHECKING:
     from torch import nn
 
-    from relu_deploy.export.specs import InputSpec
+    from relu_deploy.export.specs import ExampleInput
 
 _FORMS = "module:factory, path/to/file.py:factory, or model.pt2"
 
@@ -56,7 +56,7 @@ def load_factory(spec: str, *, weights: Path | None = None) -> nn.Module:
     return model
 
 
-def own_inputs(model: nn.Module) -> tuple[InputSpec, ...]:
+def own_inputs(model: nn.Module) -> tuple[ExampleInput, ...]:
     """The inputs that a ``.pt2`` of fixed sizes tells itself; empty for every other model."""
     from relu_deploy.export.pt2 import Program
 

@@ -21,8 +21,8 @@ _DYNAMIC = re.compile(rf"({_NAME}):(\d+)=(\d+)\.\.(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class InputSpec:
-    """One input of a model.
+class ExampleInput:
+    """One input of a model to be exported: the example it is traced with, and the values it is compared on.
 
     Attributes:
         name: Its name in the ONNX file. When all names are parameters of ``forward``, inputs are passed by name,
@@ -91,21 +91,21 @@ class DynamicAxis:
             )
 
 
-def parse_input(text: str) -> InputSpec:
+def parse_input(text: str) -> ExampleInput:
     """Read ``NAME=1x3x32x32[:dtype[:lo..hi]]`` (``NAME=scalar`` has no axes).
 
     Raises:
         ExportError: ``text`` is not of that form.
 
     >>> parse_input("ids=1x16:int64:0..999")
-    InputSpec(name='ids', shape=(1, 16), dtype='int64', low=0.0, high=999.0)
+    ExampleInput(name='ids', shape=(1, 16), dtype='int64', low=0.0, high=999.0)
     """
     match = _INPUT.fullmatch(text)
     if match is None:
         raise ExportError(f"cannot read the input {text!r}", hint="write NAME=1x3x32x32, or NAME=1x16:int64:0..99")
     name, sizes, dtype, low, high = match.groups()
     shape = () if sizes == "scalar" else tuple(int(size) for size in sizes.split("x"))
-    return InputSpec(
+    return ExampleInput(
         name, shape, dtype or "float32", None if low is None else float(low), None if high is None else float(high)
     )
 
@@ -126,7 +126,7 @@ def parse_dynamic(text: str) -> DynamicAxis:
     return DynamicAxis(name, *(int(number) for number in numbers))
 
 
-def check_specs(inputs: Sequence[InputSpec], dynamic: Sequence[DynamicAxis]) -> None:
+def check_specs(inputs: Sequence[ExampleInput], dynamic: Sequence[DynamicAxis]) -> None:
     """Hold inputs and dynamic axes against each other.
 
     Raises:

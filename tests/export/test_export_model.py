@@ -12,13 +12,13 @@ import onnxruntime as ort  # noqa: E402
 from torch import nn  # noqa: E402
 
 from relu_deploy.errors import CheckFailedError, ExportError, FileError  # noqa: E402
-from relu_deploy.export import DynamicAxis, InputSpec, export_model  # noqa: E402
+from relu_deploy.export import DynamicAxis, ExampleInput, export_model  # noqa: E402
 from relu_deploy.graph import load_model, opset  # noqa: E402
 from relu_deploy.nn.blend import Blend  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-IMAGE = InputSpec("image", (1, 3, 8, 8))
+IMAGE = ExampleInput("image", (1, 3, 8, 8))
 BATCH = DynamicAxis("image", 0, 1, 16)
 EXPORTERS = pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 
@@ -81,7 +81,7 @@ class TwoInputs(nn.Module):
 
 @EXPORTERS
 def test_integers_two_inputs_and_nested_outputs_by_name(tmp_path, exporter):
-    inputs = [InputSpec("mask", (1, 6)), InputSpec("ids", (1, 6), "int64", 0, 99)]  # by name, so in any order
+    inputs = [ExampleInput("mask", (1, 6)), ExampleInput("ids", (1, 6), "int64", 0, 99)]  # by name, so in any order
     axes = [DynamicAxis(name, axis, 1, 9) for name in ("mask", "ids") for axis in (0, 1)]
     report = export_model(TwoInputs(), inputs, tmp_path / "m.onnx", dynamic=axes, exporter=exporter)
     loaded = load_model(tmp_path / "m.onnx")
@@ -102,15 +102,15 @@ def test_integers_without_a_range_fit_any_table_and_too_large_ones_are_told(tmp_
         def forward(self, ids):
             return self.table(ids)
 
-    export_model(Lookup(), [InputSpec("ids", (4,), "int32")], tmp_path / "m.onnx")
+    export_model(Lookup(), [ExampleInput("ids", (4,), "int32")], tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=r"the torch model itself fails at ids=4.*IndexError"):
-        export_model(Lookup(), [InputSpec("ids", (4,), "int32", 3, 9)], tmp_path / "n.onnx")
+        export_model(Lookup(), [ExampleInput("ids", (4,), "int32", 3, 9)], tmp_path / "n.onnx")
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3])
 def test_a_blend_is_exported_as_it_stands(tmp_path, gamma):
     model = nn.Sequential(nn.Linear(4, 4), Blend(nn.SiLU(), gamma=gamma))
-    export_model(model, [InputSpec("x", (2, 4))], tmp_path / "m.onnx")
+    export_model(model, [ExampleInput("x", (2, 4))], tmp_path / "m.onnx")
     ops = {node.op_type for node in load_model(tmp_path / "m.onnx").graph.node}
     assert {"Relu", "Sigmoid", "Add"} <= ops
 
@@ -140,7 +140,7 @@ def refused(tmp_path, error, match, model, inputs, **options):
     return caught.value
 
 
-X = InputSpec("x", (2, 4))
+X = ExampleInput("x", (2, 4))
 
 
 def test_a_branch_that_tracing_fixed_is_refused(tmp_path):
@@ -185,7 +185,7 @@ def test_a_fixed_size_is_refused_by_dynamo_with_the_fix(tmp_path):
         def forward(self, image):
             return image.reshape(2, 192)
 
-    spec = InputSpec("image", (2, 3, 8, 8))
+    spec = ExampleInput("image", (2, 3, 8, 8))
     error = refused(tmp_path, ExportError, "dynamo exporter failed|cannot be dynamic", Fixed(), [spec], dynamic=[BATCH])
     assert "--dynamic" in (error.hint or "")
 
@@ -205,10 +205,10 @@ def test_outputs_that_are_never_finite_cannot_be_checked(tmp_path):
 @pytest.mark.parametrize(
     ("inputs", "options", "match"),
     [
-        ([InputSpec("ids", (1, 6), "int64")], {}, "no input is given for mask"),
-        ([InputSpec("a", (1,)), InputSpec("ids", (1, 6), "int64")], {}, "is number 2 of the inputs and number 1"),
-        ([InputSpec(n, (1, 6)) for n in "abcd"], {}, "takes 3 inputs"),
-        ([InputSpec("ids", (1, 6)), InputSpec("mask", (1, 6))], {}, "the torch model itself fails"),
+        ([ExampleInput("ids", (1, 6), "int64")], {}, "no input is given for mask"),
+        ([ExampleInput("a", (1,)), ExampleInput("ids", (1, 6), "int64")], {}, "is number 2 of the inputs and number 1"),
+        ([ExampleInput(n, (1, 6)) for n in "abcd"], {}, "takes 3 inputs"),
+        ([ExampleInput("ids", (1, 6)), ExampleInput("mask", (1, 6))], {}, "the torch model itself fails"),
         ([X], {"opset": 9}, "cannot write opset 9"),
         ([X], {"opset": 21, "exporter": "torchscript"}, "cannot write opset 21"),
         ([X], {"exporter": "none"}, "no exporter 'none'"),

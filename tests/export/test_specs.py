@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from relu_deploy.errors import ExportError
 from relu_deploy.export.samples import make_samples
-from relu_deploy.export.specs import DTYPES, DynamicAxis, InputSpec, check_specs, parse_dynamic, parse_input
+from relu_deploy.export.specs import DTYPES, DynamicAxis, ExampleInput, check_specs, parse_dynamic, parse_input
 
 
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("image=1x3x32x32", InputSpec("image", (1, 3, 32, 32))),
-        ("a.b=7:float16", InputSpec("a.b", (7,), "float16")),
-        ("t=scalar:int64:5..5", InputSpec("t", (), "int64", 5, 5)),
-        ("x=2x2:float32:-1.5..1e2", InputSpec("x", (2, 2), "float32", -1.5, 100.0)),
+        ("image=1x3x32x32", ExampleInput("image", (1, 3, 32, 32))),
+        ("a.b=7:float16", ExampleInput("a.b", (7,), "float16")),
+        ("t=scalar:int64:5..5", ExampleInput("t", (), "int64", 5, 5)),
+        ("x=2x2:float32:-1.5..1e2", ExampleInput("x", (2, 2), "float32", -1.5, 100.0)),
     ],
 )
 def test_reads_inputs(text, spec):
@@ -61,14 +61,14 @@ def test_refuses_dynamic_axes(text):
 )
 def test_holds_axes_against_inputs(dynamic, message):
     with pytest.raises(ExportError, match=message):
-        check_specs([InputSpec("x", (1, 3))], dynamic)
+        check_specs([ExampleInput("x", (1, 3))], dynamic)
 
 
 def test_needs_inputs_of_different_names():
     with pytest.raises(ExportError, match="no inputs"):
         check_specs([], [])
     with pytest.raises(ExportError, match="one name"):
-        check_specs([InputSpec("x", (1,)), InputSpec("x", (2,))], [])
+        check_specs([ExampleInput("x", (1,)), ExampleInput("x", (2,))], [])
 
 
 @given(
@@ -80,7 +80,7 @@ def test_samples_have_shape_dtype_and_range(dtype, shape, seed, ends):
         low = high = None
     else:
         low, high = float(ends[0]), float(ends[0] + ends[1])
-    spec = InputSpec("x", tuple(shape), dtype, low, high)
+    spec = ExampleInput("x", tuple(shape), dtype, low, high)
     samples, _ = make_samples([spec], [], {}, seed=seed)
     assert len(samples) == 3
     for sample in samples:
@@ -94,7 +94,7 @@ def test_samples_have_shape_dtype_and_range(dtype, shape, seed, ends):
 
 
 def test_dynamic_axes_are_tried_at_both_ends_and_between_and_tied_ones_together():
-    inputs = [InputSpec("a", (1, 8)), InputSpec("b", (1, 8))]
+    inputs = [ExampleInput("a", (1, 8)), ExampleInput("b", (1, 8))]
     axes = [DynamicAxis("a", 0, 1, 9), DynamicAxis("b", 0, 1, 5), DynamicAxis("b", 1, 8, 16)]
     samples, notes = make_samples(inputs, axes, {("a", 0): "n", ("b", 0): "n", ("b", 1): "w"}, seed=0)
     shapes = [(s.feeds["a"].shape, s.feeds["b"].shape) for s in samples]
@@ -104,7 +104,7 @@ def test_dynamic_axes_are_tried_at_both_ends_and_between_and_tied_ones_together(
 
 def test_sizes_that_would_fill_the_memory_are_made_smaller_and_told(monkeypatch):
     monkeypatch.setattr("relu_deploy.export.samples._MAX_ELEMENTS", 3 * 64 * 10)
-    inputs = [InputSpec("x", (1, 3, 8, 8))]
+    inputs = [ExampleInput("x", (1, 3, 8, 8))]
     samples, notes = make_samples(inputs, [DynamicAxis("x", 0, 1, 64)], {("x", 0): "batch"}, seed=0)
     assert max(s.feeds["x"].shape[0] for s in samples) == 8
     assert "batch=8 were not compared" in notes[-1]
