@@ -102,7 +102,8 @@ def render(report: DemoReport) -> RenderableType:
         table.add_column(heading, justify="right")
     for row in rows(report):
         table.add_row(row.method, row.activation, row.precision, row.fps, row.ratio, row.accuracy)
-    engines = Table("engine", title="What the compilers made of it")
+    engines = Table(title="What the compilers made of it")
+    engines.add_column("engine", overflow="fold")
     for heading in ("int8 layers", "activations that are not ReLU", "kernels", "MB moved"):
         engines.add_column(heading, justify="right")
     for line in compiled(report):
