@@ -43,7 +43,7 @@ class _Group(click.Group):
             )
             ctx.exit(ToolkitError.exit_code)
         except KeyboardInterrupt:
-            _tell("interrupted; no output was written", None)
+            _tell("interrupted; what was not finished was not written", None)
             ctx.exit(SIGNALLED + signal.SIGINT)
 
 

@@ -11,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from relu_deploy.cli import inspect, quantize, rewrite
-from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, OUTPUT_FOLDER, emit, json_option, progress_bar
+from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
 from relu_deploy.cli.int8_options import int8_options, weight_width
-from relu_deploy.cli.safety import FileCommand
+from relu_deploy.cli.safety import FileCommand, OutputPath
 from relu_deploy.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 _EXTENTS = r"\d+(?:x\d+)*"
 _SHAPES = re.compile(rf"(?P<name>.+)=(?P<first>{_EXTENTS})(?:\.\.(?P<second>{_EXTENTS})\.\.(?P<third>{_EXTENTS}))?")
+
+
+# An engine has its manifest beside it, and its weights when they are too large for one file.
+_ENGINE = OutputPath(beside=(".json", ".data"))
+_KEPT = OutputPath(holds=("rewritten.onnx", "ranges.json", "int8.onnx", "steps.json"))
 
 
 def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, ShapeRange]:
@@ -46,7 +51,7 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     "build-engine", cls=FileCommand, short_help="Build an engine; rewrites, calibrates and quantises as needed."
 )
 @click.argument("model", type=INPUT_FILE, metavar="MODEL.onnx")
-@click.option("-o", "--output", required=True, type=OUTPUT_FILE, metavar="ENGINE", help="The engine to write.")
+@click.option("-o", "--output", required=True, type=_ENGINE, metavar="ENGINE", help="The engine to write.")
 @click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True, help="Runtime to build for.")
 @click.option(
     "--int8", "to_int8", is_flag=True, help="Quantise to INT8 first; without it the network is built as it is."
@@ -80,9 +85,7 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     "--require-int8", is_flag=True, help="Write no engine (exit 1) when a layer given INT8 would run in float."
 )
 @click.option("--log", type=OUTPUT_FILE, help="TensorRT: also write the compiler's verbose log here.")
-@click.option(
-    "--keep", type=OUTPUT_FOLDER, metavar="DIR", help="Keep what lies between: rewritten and INT8 ONNX, ranges."
-)
+@click.option("--keep", type=_KEPT, metavar="DIR", help="Keep what lies between: rewritten and INT8 ONNX, ranges.")
 @json_option
 def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,

@@ -20,7 +20,7 @@ from relu_deploy.cli.screen import SafeConsole
 
 INPUT_FILE = click.Path(path_type=Path)
 OUTPUT_FILE = OutputPath()
-OUTPUT_FOLDER = OutputPath(folder=True)
+OUTPUT_FOLDER = OutputPath(holds=())
 
 # Columns of a report that goes to a file or a pipe: wide enough that names of nodes are not cut short.
 _FILE_WIDTH = 200

@@ -20,11 +20,22 @@ SIGNALLED = 128
 
 
 class OutputPath(click.Path):
-    """A file, or a folder, that the command writes."""
+    """A file that the command writes, or a folder that it fills.
 
-    def __init__(self, *, folder: bool = False) -> None:
+    Args:
+        beside: What is added to the file's name for files that are written beside it.
+        holds: Names of the files in a folder; None: this is a file.
+    """
+
+    def __init__(self, *, beside: tuple[str, ...] = (), holds: tuple[str, ...] | None = None) -> None:
         super().__init__(path_type=Path)
-        self.folder = folder
+        self.beside, self.holds = beside, holds
+
+    def files(self, path: Path) -> list[Path]:
+        """Everything that is written where ``path`` is given."""
+        if self.holds is not None:
+            return [path / name for name in self.holds]
+        return [path, *(path.parent / (path.name + suffix) for suffix in self.beside)]
 
 
 class FileCommand(click.Command):
@@ -33,19 +44,36 @@ class FileCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Check the files named in the call, then run."""
         given: dict[click.Parameter, Any] = {param: ctx.params.get(param.name or "") for param in self.params}
-        outputs = {param.opts[-1]: Path(given[param]) for param in self.params if _writes(param, given[param])}
+        writing = {param: value for param, value in given.items() if _writes(param, value)}
         inputs = [path for param, value in given.items() if not _is_output(param) for path in _paths(value)]
-        for option, path in outputs.items():
-            if any(_same(path, other) for name, other in outputs.items() if name != option):
-                raise FileError(f"{option} {path} is named for two outputs", hint="give each output a name of its own")
-            if any(_same(path, file) for file in inputs):
-                raise FileError(
-                    f"{option} {path} is also an input, which it would replace", hint="give the output another name"
-                )
-        for param in self.params:
-            if _writes(param, given[param]) and not getattr(param.type, "folder", False):
-                check_writable(Path(given[param]))
+        taken: list[Path] = []
+        for param, value in writing.items():
+            files = _files(param, Path(value))
+            for path in files:
+                _refuse_replacing(param.opts[-1], path, inputs, taken)
+            taken += files
+        for param, value in writing.items():
+            if getattr(param.type, "holds", None) is None:
+                check_writable(Path(value))
         return super().invoke(ctx)
+
+
+def _refuse_replacing(option: str, path: Path, inputs: list[Path], outputs: list[Path]) -> None:
+    """Refuse a file that is also read, or also written by another option. Raises: FileError."""
+    for file in inputs:
+        if _same(path, file):
+            raise FileError(
+                f"{option} writes {path}, which is also an input that it would replace", hint="give it another name"
+            )
+    if any(_same(path, other) for other in outputs):
+        raise FileError(
+            f"{option} writes {path}, which is another output too: one would replace the other",
+            hint="give each output a name of its own",
+        )
+
+
+def _files(param: click.Parameter, path: Path) -> list[Path]:
+    return param.type.files(path) if isinstance(param.type, OutputPath) else [path]
 
 
 def _is_output(param: click.Parameter) -> bool:

@@ -16,7 +16,7 @@ from relu_deploy.engines.audit import Audit
 from relu_deploy.engines.base import BuildConfig, BuildReport
 from relu_deploy.engines.manifest import data_path, manifest_path, write_manifest
 from relu_deploy.engines.promise import disagreements
-from relu_deploy.errors import CheckFailedError
+from relu_deploy.errors import CheckFailedError, FileError
 from relu_deploy.graph import fits_one_message, load_model, name_nodes, save_model, tensor_bytes
 from relu_deploy.model_io import model_io
 
@@ -50,9 +50,9 @@ def build_engine(
     inputs, outputs = model_io(loaded)
     # A folder of its own, because a large engine is two files that name one another; beside `out`, so that renaming
     # is atomic.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        built = Path(folder) / out.name
-        with _source(loaded, Path(folder)) as source:
+    with _workspace(out) as folder:
+        built = folder / out.name
+        with _source(loaded, folder) as source:
             start = time.perf_counter()
             audit = compile_(loaded)(source, built)
             seconds = time.perf_counter() - start
@@ -75,17 +75,30 @@ def build_engine(
             audit=audit,
             disagreements=found,
         )
-        _publish(parts, out)
-    write_manifest(out, report)
+        write_manifest(built, report)
+        _publish([*reversed(parts), manifest_path(built)], out)
     return report
 
 
+@contextlib.contextmanager
+def _workspace(out: Path) -> Iterator[Path]:
+    """A folder beside ``out``, gone afterwards. Raises: FileError where nothing can be written there."""
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise FileError(f"cannot write {out}: {error.strerror or error}") from error
+
+
 def _publish(parts: list[Path], out: Path) -> None:
-    """Move a finished engine into place. The manifest goes first: an interruption leaves no engine that would open."""
+    """Move a finished engine into place, its manifest last: an interruption leaves no engine that would open.
+
+    All of it was written before, so a full disk is met while the older engine still stands.
+    """
     manifest_path(out).unlink(missing_ok=True)
-    if len(parts) == 1:
+    if data_path(out).name not in [part.name for part in parts]:
         data_path(out).unlink(missing_ok=True)
-    for part in reversed(parts):
+    for part in parts:
         with atomic_path(out.parent / part.name) as temporary:
             part.replace(temporary)
 

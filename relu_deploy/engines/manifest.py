@@ -28,7 +28,7 @@ def data_path(engine: Path) -> Path:
 
 
 def write_manifest(engine: Path, report: BuildReport) -> None:
-    """Write the manifest of an engine that is already in place."""
+    """Write the manifest of an engine beside it."""
     files = [path for path in (engine, data_path(engine)) if path.is_file()]
     hashes = {path.name.removeprefix(engine.name) or "engine": sha256_file(path) for path in files}
     write_json(manifest_path(engine), {"format": FORMAT, "sha256": hashes, **to_json(report)})

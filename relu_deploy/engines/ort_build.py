@@ -14,7 +14,7 @@ from relu_deploy.engines.base import BuildConfig, BuildReport
 from relu_deploy.engines.build import Compile, build_engine
 from relu_deploy.engines.manifest import data_path
 from relu_deploy.engines.ort_audit import audit_graph
-from relu_deploy.errors import EngineError
+from relu_deploy.errors import EngineError, FileError
 from relu_deploy.graph import PROTOBUF_LIMIT, parse_model
 
 _EXTERNAL = "session.optimized_model_external_initializers_"
@@ -46,6 +46,10 @@ def _compiler(model: onnx.ModelProto) -> Compile:
         try:
             onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except RUNTIME_ERRORS as error:
+            if "serialization failed" in str(error):  # all that it says of a disk that is full
+                raise FileError(
+                    f"cannot write {out.name}: onnxruntime says {first_line(error)}", hint="is the disk full?"
+                ) from error
             raise EngineError(
                 f"onnxruntime cannot build this network: {first_line(error)}",
                 hint="the message names the node; is the opset newer than this onnxruntime reads?",
