@@ -49,7 +49,7 @@ def audit_engine(
     return Audit(
         source="plan" if chosen else "build log",
         kernels=len(kernels),
-        linear=_linear(kernels, ops, promises),
+        linear=_linear(kernels, ops, promises, turing=any("sm75" in program.accelerators for program in chosen)),
         activations=tuple(_activations(kernels, ops)),
         bytes_moved=bytes_moved,
         conflicts=_conflicts(kernels, log.kernels) if chosen else (),
@@ -57,14 +57,16 @@ def audit_engine(
     )
 
 
-def _linear(kernels: Iterable[Kernel], ops: Mapping[str, str], promises: Promises | None) -> tuple[LinearLayer, ...]:
+def _linear(
+    kernels: Iterable[Kernel], ops: Mapping[str, str], promises: Promises | None, *, turing: bool
+) -> tuple[LinearLayer, ...]:
     """Every linear layer of the network with the kernel that does its work, or ``unknown`` where none names it."""
     found: dict[str, LinearLayer] = {}
     for kernel in kernels:
         for op in kernel.linear:
             names = [op.name] if op.name in ops else [name for name in op.layers if ops.get(name) in LINEAR]
             for name in names or [op.name]:
-                found[name] = _layer(name, op, kernel, promises)
+                found[name] = _layer(name, op, kernel, _reason(name, op, promises, turing=turing))
     for name in (name for name, op in ops.items() if op in LINEAR):
         if name not in found:
             holders = [kernel.name for kernel in kernels if name in kernel.layers]
@@ -73,7 +75,7 @@ def _linear(kernels: Iterable[Kernel], ops: Mapping[str, str], promises: Promise
     return tuple(found.values())
 
 
-def _layer(name: str, op: LinearOp, kernel: Kernel, promises: Promises | None) -> LinearLayer:
+def _layer(name: str, op: LinearOp, kernel: Kernel, reason: str | None) -> LinearLayer:
     """What is known of one linear layer."""
     fused = op.fused
     bias = None if fused is None else "bias" in fused
@@ -86,16 +88,18 @@ def _layer(name: str, op: LinearOp, kernel: Kernel, promises: Promises | None) -
         kernel=kernel.name,
         relu=None if fused is None else "relu" in fused,
         bias=bias,
-        reason=_reason(name, op, promises),
+        reason=reason,
     )
 
 
-def _reason(name: str, op: LinearOp, promises: Promises | None) -> str | None:
+def _reason(name: str, op: LinearOp, promises: Promises | None, *, turing: bool) -> str | None:
     """Why a layer is not int8, where the network or its operator tells."""
     if promises is None or op.precision == "int8":
         return None
     if promises.int8.get(name) == "ConvTranspose" and promises.why_float(name) is None:
         return "the compiler chose no int8 kernel for this ConvTranspose"
+    if turing and promises.int8.get(name) == "Conv" and promises.why_float(name) is None:
+        return "for SM 75, alone or among others, this compiler computes every convolution in float"
     return promises.why_float(name)
 
 

@@ -13,11 +13,14 @@ from onnx import numpy_helper
 
 from calib.inputs import model_inputs
 from calib.ranges import Ranges
+from calib.ranges import save as save_ranges
 from calib.run import calibrate
 from calib.sources import open_source
 from relu_deploy.engines.base import BuildConfig, BuildReport, ShapeRange, get_backend
 from relu_deploy.engines.promise import disagreements
 from relu_deploy.errors import CheckFailedError
+from relu_deploy.flow import Int8Plan, build_engine
+from relu_deploy.graph import save_model
 from relu_deploy.int8.run import QuantReport, quantize
 
 pytestmark = [
@@ -358,6 +361,26 @@ def test_no_int8_layer_of_this_compiler_writes_int8(tmp_path: Path, granularity:
     audit = build(quantized, tmp_path).audit
     assert [(layer.precision, layer.output) for layer in audit.linear] == [("int8", "fp32")] * 2
     assert audit.kernels == 5  # quantise, convolve, quantise, convolve, and back to the output's own order of axes
+
+
+@pytest.mark.parametrize("sm", [("75",), ("89", "75")])
+def test_turing_convolves_in_float_and_pulls_other_cards_along(tmp_path: Path, sm: tuple[str, ...]) -> None:
+    """What the flow warns of before it builds for SM 75."""
+    model = parse(PLAIN, PLAIN_WEIGHTS)
+    save_model(model, tmp_path / "model.onnx")
+    save_ranges(measured(model), tmp_path / "ranges.json")
+    config = BuildConfig(target="tensorrt-rtx", sm=sm)
+    plan = Int8Plan(ranges=tmp_path / "ranges.json")
+    built = build_engine(tmp_path / "model.onnx", tmp_path / "e.plan", config, int8=plan)
+    assert built.quantize is not None
+    assert any("with SM 75 among the targets" in warning for warning in built.quantize.warnings)
+    assert [layer.precision for layer in built.engine.audit.linear] == ["fp32", "fp32"]
+    assert all("for SM 75, alone or among others" in line for line in built.engine.disagreements)
+    assert len(built.engine.disagreements) == 2
+    other = build_engine(tmp_path / "model.onnx", tmp_path / "o.plan", BuildConfig(target="tensorrt-rtx"), int8=plan)
+    assert other.quantize is not None
+    assert other.quantize.warnings == ()
+    assert other.engine.disagreements == ()
 
 
 # What follows shows that the checks above can fail.
