@@ -98,6 +98,8 @@ def disagreements(model: onnx.ModelProto, audit: Audit, *, student: bool = False
     # Compilers respell: x * sigmoid(x) becomes a SiLU, and a GELU is computed from erf or tanh.
     own |= {"silu", "hardsigmoid"} if own & {"sigmoid", "silu", "hardswish", "hardsigmoid"} else set()
     own |= {"gelu", "erf", "tanh"} if own & {"gelu", "erf", "tanh", "mish"} else set()
+    # The gates of a recurrent layer are part of what it is.
+    own |= {"sigmoid", "tanh"} if any(node.op_type in RECURRENT for node in promises.nodes.values()) else set()
     for activation in audit.left:
         if student:
             found.append(f"{activation.kind} {activation.name!r} is still computed in a ReLU student")

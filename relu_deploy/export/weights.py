@@ -62,7 +62,8 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
     if any(parts):
         raise ExportError(
             f"the weights {path} do not fit {type(model).__name__}: {'; '.join(part for part in parts if part)}",
-            hint="is it the weights file of this model, built with the same options?",
+            hint="is it the weights file of this model, built with the same options? A factory may also load what fits "
+            "by itself, and then needs no --weights",
         )
     model.load_state_dict(dict(state))
 

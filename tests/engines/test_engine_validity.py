@@ -78,6 +78,15 @@ def test_matrix_products_are_int8(network: type, tmp_path: Path) -> None:
     assert disagreements(model, report.audit, student=True) == ()
 
 
+def test_the_gates_of_a_recurrent_layer_are_no_foreign_activations(network: type, tmp_path: Path) -> None:
+    net = network()
+    weights = [net.weight(name, shape, quantized=False) for name, shape in (("w", (1, 8, 8)), ("r", (1, 8, 2)))]
+    model = net.model(net.node("LSTM", "recurrent", "x", *weights, hidden_size=2), 3, 1, 8)
+    report = build(model, tmp_path)
+    assert {"sigmoid", "tanh"} <= set(report.audit.activation_counts())
+    assert report.disagreements == ()
+
+
 def test_bytes_moved_are_those_of_a_count_by_hand(network: type, tmp_path: Path) -> None:
     net = network(half=True)
     conv = net.node("Conv", "conv", net.qdq("x", "a"), net.weight("w", (16, 16, 1, 1)), net.bias("b", 16))
