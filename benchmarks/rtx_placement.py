@@ -309,6 +309,15 @@ def subject(name: str, model: onnx.ModelProto) -> Subject:
     return Subject(name, rewritten, ranges, [sample[None] for sample in data[4:]])
 
 
+def subject_of_file(path: Path, calibration: str, held: str, preprocess: str | None) -> Subject:
+    """A trained network with data of its own."""
+    rewritten, _ = rewrite(files.load_model(path))
+    specs = model_inputs(rewritten)
+    ranges = calibrate(rewritten, open_source(calibration, specs, preprocess=preprocess))
+    samples = [next(iter(sample.feeds.values())) for sample in open_source(held, specs, preprocess=preprocess)]
+    return Subject(path.stem, rewritten, ranges, samples)
+
+
 def exported(network: type[nn.Module], size: int) -> onnx.ModelProto:
     """A network with seeded weights as ONNX."""
     torch.manual_seed(0)
@@ -332,14 +341,18 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     return half
 
 
-def quantized(case: Subject, change: Change, *, half: bool, granularity: str) -> onnx.ModelProto:
-    """The INT8 network with a changed placement."""
+def quantized(case: Subject, name: str, *, half: bool, granularity: str) -> onnx.ModelProto | None:
+    """The INT8 network with a changed placement; None where the change changes nothing in this network."""
     number = number_format("tensorrt-rtx", weight_granularity=granularity)
     source = to_half(case.model) if half else case.model
     source = onnx.shape_inference.infer_shapes(files.convert_opset(source, lowest=19 if half else 13))
     graph = files.import_graph(source)
     bounds = {name: (r.min, r.max) for name, r in case.ranges.tensors.items() if name in graph.tensors()}
-    write(graph, change(graph, place(graph, bounds, number)), bounds, number)
+    usual = place(graph, bounds, number)
+    placement = CHANGES[name](graph, usual)
+    if name != "default" and placement == usual:
+        return None
+    write(graph, placement, bounds, number)
     model = files.export_graph(graph, source)
     files.check_model(model, case.name)
     return model
@@ -382,8 +395,8 @@ def rows(case: Subject, names: Iterable[str]) -> Iterable[Row]:
         yield row(case, to_half(case.model) if half else case.model, None, floats, "-", "no INT8")
         for granularity in ("channel", "tensor"):
             for name in names:
-                model = quantized(case, CHANGES[name], half=half, granularity=granularity)
-                yield row(case, model, wanted, floats, granularity, name)
+                if (model := quantized(case, name, half=half, granularity=granularity)) is not None:
+                    yield row(case, model, wanted, floats, granularity, name)
 
 
 def table(found: list[Row]) -> str:
@@ -405,17 +418,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=320, help="side of the inputs (default: 320)")
     parser.add_argument("--network", action="append", choices=sorted(NETWORKS), help="networks (default: all)")
+    parser.add_argument("--model", type=Path, help="a trained ONNX network of one input instead; needs the next two")
+    parser.add_argument("--calib", help="its calibration data")
+    parser.add_argument("--held", help="held-out data for its SQNR")
+    parser.add_argument("--preprocess", help="how images become its input")
     parser.add_argument("--only", action="append", choices=sorted(CHANGES), help="placements to build (default: all)")
     parser.add_argument("--output", type=Path, help="also replace the table in this Markdown file")
     options = parser.parse_args()
     found = []
-    for name in options.network or NETWORKS:
-        for one in rows(subject(name, exported(NETWORKS[name], options.size)), options.only or CHANGES):
-            print(one, flush=True)
-            found.append(one)
+    if options.model is not None:
+        subjects = iter([subject_of_file(options.model, options.calib, options.held, options.preprocess)])
+    else:
+        names = options.network or NETWORKS
+        size = options.size
+        subjects = (subject(f"{name} {size}x{size}", exported(NETWORKS[name], size)) for name in names)
+    for one in (one for case in subjects for one in rows(case, options.only or CHANGES)):
+        print(one, flush=True)
+        found.append(one)
     header = (
-        f"`python benchmarks/rtx_placement.py {shlex.join(sys.argv[1:])}`; input 1x3x{options.size}x{options.size}, "
-        f"SM {SM}, tensorrt_rtx {tensorrt_rtx.__version__}, torch {torch.__version__}, onnx {onnx.__version__}, "
+        f"`python benchmarks/rtx_placement.py {shlex.join(sys.argv[1:])}`; SM {SM}, tensorrt_rtx "
+        f"{tensorrt_rtx.__version__}, torch {torch.__version__}, onnx {onnx.__version__}, "
         f"onnxruntime {ort.__version__}, built on {platform.machine()} {platform.system()} without a GPU."
     )
     text = f"{header}\n\n{table(found)}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,13 +22,7 @@ from relu_deploy.flow import Int8Plan, build_engine
 from relu_deploy.graph import save_model
 from relu_deploy.int8.run import QuantReport, quantize
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorrt_rtx") is None,
-        reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'",
-    ),
-]
+pytestmark = pytest.mark.engine
 SMS = ("86", "89", "120")
 Weights = Mapping[str, tuple[int, ...] | np.ndarray]
 
@@ -354,9 +347,11 @@ def test_with_one_weight_scale_both_operands_of_a_sum_are_quantised(tmp_path: Pa
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_no_int8_layer_of_this_compiler_writes_int8(tmp_path: Path, granularity: str) -> None:
+@pytest.mark.parametrize("activation", ["r = Relu(a)", "r = Clip(a, lo, hi)", "r = Identity(a)"])
+def test_no_int8_layer_of_this_compiler_writes_int8(tmp_path: Path, granularity: str, activation: str) -> None:
     """What docs/placement.md says: quantising is a kernel of its own. When this fails, there are bytes to be saved."""
-    model = parse(PLAIN, PLAIN_WEIGHTS)
+    text = PLAIN.replace("y) {", "y) <float lo = {0}, float hi = {6}> {").replace("r = Relu(a)", activation)
+    model = parse(text, PLAIN_WEIGHTS)
     quantized, _ = quantize(model, measured(model), target="tensorrt-rtx", weight_granularity=granularity)
     audit = build(quantized, tmp_path).audit
     assert [(layer.precision, layer.output) for layer in audit.linear] == [("int8", "fp32")] * 2
