@@ -158,9 +158,17 @@ def _why_float(node: gs.Node, known: set[str], number: NumberFormat) -> str:
     if node.op == "Gemm" and number.unsigned and node.attrs.get("transA", 0):
         return "ONNX Runtime has no integer Gemm with transA"
     bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if node.op == "Gemm" and isinstance(bias, gs.Constant) and not _is_row(bias.values.shape, node):
+        return "its addend differs from row to row, so it is no bias"
     if number.integer_bias and isinstance(bias, gs.Variable) and not bias.is_empty():
         return "its bias is computed at run time"
     return ""
+
+
+def _is_row(shape: tuple[int, ...], gemm: gs.Node) -> bool:
+    """Whether the third operand of a Gemm is one number, or one for each column."""
+    columns = gemm.inputs[1].values.shape[0 if gemm.attrs.get("transB", 0) else 1]
+    return shape in ((), (1,), (1, 1), (columns,), (1, columns))
 
 
 class _Wanted:

@@ -96,3 +96,21 @@ def test_values_too_small_for_any_scale_are_warned_of(measure):
     report = quantize(model, measure(model), target="ort")[1]
     (warning,) = (text for text in report.warnings if "too small" in text)
     assert "c, y" in warning
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 1), (4, 5)])
+def test_an_addend_that_differs_from_row_to_row_is_no_bias(shape):
+    rows = shape[0]
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> '
+        f"g (float[{rows}, 6] x) => (float[{rows}, 3] y) {{ h = Gemm(x, w, m) y = MatMul(h, v) }}"
+    )
+    weights = {"w": RNG.normal(0, 0.5, (6, 5)), "v": RNG.normal(0, 0.5, (5, 3)), "m": RNG.normal(size=shape)}
+    for name, values in weights.items():
+        model.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
+    data = RNG.normal(size=(4 * rows, 6)).astype(np.float32)
+    quantized, report = quantize(model, calibrate(model, open_source(data, model_inputs(model))), target="ort")
+    assert [(layer.op, layer.int8) for layer in report.layers] == [("Gemm", False), ("MatMul", True)]
+    assert "from row to row" in report.layers[0].reason
+    exact, coded = run(model, {"x": data[:rows]})[0], run(quantized, {"x": data[:rows]})[0]
+    assert np.abs(exact - coded).max() < 0.05 * np.abs(exact).max()  # one layer of 8 bits
