@@ -12,6 +12,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what builds with the TensorRT-RTX compiler, where it is not installed."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        missing = pytest.mark.skip(reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'")
+        for item in items:
+            if item.get_closest_marker("engine") is not None:
+                item.add_marker(missing)
+
+
 @pytest.fixture(autouse=True)
 def one_torch_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Several test processes with a pool of spinning threads each are many times slower than with one thread each."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import onnx
 import onnxruntime
 import pytest
@@ -45,9 +43,6 @@ def test_onnxruntime_reads_the_limits_and_nothing_newer() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'"
-)
 @pytest.mark.parametrize(("opset", "ir"), [(7, 3), (MAX_OPSET, MAX_IR_VERSION), (MAX_OPSET + 2, MAX_IR_VERSION + 2)])
 def test_tensorrt_rtx_reads_at_least_as_much(opset: int, ir: int) -> None:
     from relu_deploy.engines.tensorrt import load_tensorrt, make_logger

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,6 @@ def test_ort(common_det: Path, pictures: tuple[Path, Path], tmp_path: Path) -> N
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'"
-)
 def test_tensorrt_rtx(common_det: Path, pictures: tuple[Path, Path], tmp_path: Path) -> None:
     report, text = build(
         common_det, pictures[0], tmp_path, "--target", "tensorrt-rtx", "--sm", "89", "--samples", "1", "--require-int8"

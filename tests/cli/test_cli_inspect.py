@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -56,9 +55,6 @@ def test_an_ort_engine(model: onnx.ModelProto, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'"
-)
 def test_a_plan_with_and_without_its_manifest(model: onnx.ModelProto, tmp_path: Path) -> None:
     get_backend("tensorrt-rtx").build(model, tmp_path / "e.plan", BuildConfig(target="tensorrt-rtx"))
     code, out, _ = run(tmp_path / "e.plan", "--layers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +17,7 @@ from relu_deploy.engines.promise import disagreements
 from relu_deploy.engines.trt_audit import audit_engine
 from relu_deploy.errors import BackendUnavailableError, CheckFailedError, EngineError
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorrt_rtx") is None,
-        reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'",
-    ),
-]
+pytestmark = pytest.mark.engine
 Stack = Callable[..., onnx.ModelProto]
 
 

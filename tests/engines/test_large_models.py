@@ -19,13 +19,7 @@ from relu_deploy.targets import Target
         "ort",
         pytest.param(
             "tensorrt-rtx",
-            marks=[
-                pytest.mark.engine,
-                pytest.mark.skipif(
-                    importlib.util.find_spec("tensorrt_rtx") is None,
-                    reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'",
-                ),
-            ],
+            marks=pytest.mark.engine,
         ),
     ],
 )
