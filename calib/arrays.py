@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from calib.inputs import Array, Column, MemoryColumn
 MAX_SAMPLE_BYTES = 1 << 31
 MAX_UNPACKED_BYTES = 1 << 36
 _DAMAGED = (EOFError, OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError)
+
+# numpy reads the header as Python's literals, and mends those of Python 2 with Python's tokenizer first.
+_NO_HEADER = (ValueError, SyntaxError, tokenize.TokenError, TypeError, RecursionError, MemoryError)
 
 
 @contextlib.contextmanager
@@ -58,7 +62,7 @@ def open_npz(path: Path) -> Iterator[dict[str, Column]]:
     """
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path} is not a .npz file, or is cut short: {error}", hint="copy or make it again") from error
     with archive:
         members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
@@ -135,7 +139,7 @@ def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.d
         # Version 3.0 exists for records with names beyond latin1; read as 2.0 it gives a dtype that is refused below.
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except ValueError as error:
+    except _NO_HEADER as error:
         raise DataError(f"{origin} is not a readable .npy array: {error}", hint="write it with np.save") from error
     if dtype.hasobject:
         raise DataError(
@@ -144,6 +148,6 @@ def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.d
         )
     if dtype.kind not in "fiubc":
         raise DataError(f"{origin} holds {dtype}, not numbers")
-    if any(extent < 0 for extent in shape):
+    if any(not 0 <= extent < 1 << 48 for extent in shape) or len(shape) > 64:  # numpy has no more axes
         raise DataError(f"{origin} is damaged: its shape is {shape}")
     return shape, fortran, dtype

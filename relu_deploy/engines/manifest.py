@@ -9,6 +9,7 @@ from typing import Any
 from calib.files import read_json, require_file, sha256_file, write_json
 from relu_deploy.engines.audit import Activation, Audit, LinearLayer
 from relu_deploy.engines.base import BuildReport, ShapeRange
+from relu_deploy.engines.typed import check_types
 from relu_deploy.errors import EngineError, FileError
 from relu_deploy.report import to_json
 from relu_deploy.targets import TARGETS
@@ -51,7 +52,7 @@ def read_manifest(engine: Path) -> BuildReport:
     stored = read_json(path)
     try:
         report, hashes = _report(stored), dict(stored["sha256"])
-    except (KeyError, TypeError, ValueError, AttributeError, EngineError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, EngineError) as error:
         raise EngineError(
             f"{path} is not the manifest of an engine: {error!r}", hint="build the engine again"
         ) from error
@@ -91,4 +92,6 @@ def _report(stored: Any) -> BuildReport:
     audit.update({name: tuple(audit[name]) for name in ("islands", "conflicts", "notes")})
     values["audit"] = Audit(**audit)
     values.update({name: tuple(stored[name]) for name in ("sm", "disagreements")})
-    return BuildReport(**values)
+    report = BuildReport(**values)
+    check_types(report)
+    return report

@@ -73,6 +73,7 @@ def _texts(data: bytes) -> Iterator[dict[str, list[str]]]:
         while (block := next((b for b in _BLOCKS if data.startswith(b + b"\n", position)), None)) is not None:
             end = data.find(b"\n}\n", position)
             if end < 0:
+                position = len(data)  # no later block ends either: to look for each one's end would be quadratic
                 break
             text = data[position + len(block) + 1 : end].decode("utf-8", "replace")
             blocks[block.decode().removesuffix(" {")] = text.split("\n")

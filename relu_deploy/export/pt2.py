@@ -133,7 +133,7 @@ def _read_parts(path: Path) -> dict[str, bytes]:
             if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
                 raise ExportError(f"{path} is a zip file, but not one that torch.export.save writes")
             parts = {entry.filename.partition("/")[2]: archive.read(entry) for entry in entries}
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:  # names that are no text, passwords
         raise ExportError(f"{path} is not a .pt2 archive, or is cut short: {error}", hint="copy it again") from error
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # What training scripts call the state_dict inside a checkpoint.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _SHOWN = 5
+# What torch's unpickler stumbles over when the bytes are damaged: it calls functions of its own with what it read.
+_DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -103,7 +105,7 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read without executing code that is stored in it, or is damaged: {_reason(error)}",
             hint="load it where you trust it and save model.state_dict() alone, best as .safetensors",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _DAMAGED as error:
         raise ExportError(f"{path} is not a torch weights file, or is cut short: {_reason(error)}") from error
     except OSError as error:
         raise FileError(f"cannot read the weights {path}: {error.strerror or error}") from error
