@@ -68,9 +68,9 @@ def _serialize(
     settings = _settings(trt, builder, model, config)
     plan = builder.build_serialized_network(network, settings)
     if plan is None:
-        raise EngineError(
-            f"{trt.__name__} cannot build this network: {_tidy(errors[-1]) if errors else 'no reason given'}"
-        )
+        reason = _tidy(errors[-1]) if errors else "no reason given"
+        turing = "build for SM 80 or newer (--sm), or give a float16 network" if "Turing" in reason else None
+        raise EngineError(f"{trt.__name__} cannot build this network: {reason}", hint=turing)
     return plan
 
 

@@ -17,7 +17,7 @@ from calib.run import calibrate
 from calib.sources import open_source
 from relu_deploy.engines.base import BuildConfig, BuildReport, ShapeRange, get_backend
 from relu_deploy.engines.promise import disagreements
-from relu_deploy.errors import CheckFailedError
+from relu_deploy.errors import CheckFailedError, EngineError
 from relu_deploy.flow import Int8Plan, build_engine
 from relu_deploy.graph import save_model
 from relu_deploy.int8.run import QuantReport, quantize
@@ -376,6 +376,16 @@ def test_turing_convolves_in_float_and_pulls_other_cards_along(tmp_path: Path, s
     assert other.quantize is not None
     assert other.quantize.warnings == ()
     assert other.engine.disagreements == ()
+
+
+def test_turing_takes_no_float32_matrix_product(tmp_path: Path) -> None:
+    text = "(float[4,64] x) => (float[4,10] y) { [fc1] h = Gemm(x, w1) r = Relu(h) [fc2] y = Gemm(r, w2) }"
+    model = parse(text, {"w1": (64, 32), "w2": (32, 10)})
+    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx")
+    with pytest.raises(EngineError, match="FP32 GEMM is not supported") as caught:
+        build(quantized, tmp_path, sm=("75",))
+    assert "SM 80 or newer" in str(caught.value.hint)
+    assert list(tmp_path.iterdir()) == []
 
 
 # What follows shows that the checks above can fail.
