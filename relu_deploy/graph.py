@@ -154,8 +154,33 @@ def convert_opset(model: onnx.ModelProto, *, lowest: int, source: Path | str = "
             hint=f"export the model again with opset {lowest} or newer",
         ) from error
     converted.metadata_props.extend(p for p in model.metadata_props if p not in converted.metadata_props)
+    _restore_tensor_names(model.graph, converted.graph)
     name_nodes(converted.graph)
     return converted
+
+
+def _restore_tensor_names(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
+    """Undo what the converter renamed, in place: what it replaces gets outputs named anew, and ranges go by name.
+
+    A tensor is recognised by its readers: the same operand of the same node had another name before.
+    """
+    old, new = (
+        {name for node in all_nodes(graph) for name in node.output} | {tensor.name for tensor in graph.initializer}
+        for graph in (before, after)
+    )
+    gone, made = old - new, new - old
+    nodes = {node.name: node for node in all_nodes(after)}
+    renamed: dict[str, str] = {}
+    for node in all_nodes(before):
+        same = nodes.get(node.name)
+        if same is not None and same.op_type == node.op_type:
+            pairs = zip(same.input, node.input, strict=False)
+            renamed |= {found: name for found, name in pairs if name in gone and found in made}
+    for node in all_nodes(after):
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for value in after.value_info:
+        value.name = renamed.get(value.name, value.name)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:

@@ -201,3 +201,16 @@ def test_opset_that_cannot_be_lifted_says_so():
     )
     with pytest.raises(ModelError, match="uses opset 9 and cannot be lifted to 13"):
         files.convert_opset(model, lowest=13)
+
+
+def test_lifting_the_opset_keeps_the_names_of_tensors():
+    """The converter names the output of what it replaces anew; ranges measured before would no longer be found."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 4, opset_import: ["": 9]> g (float[1, 2, 4, 4] x) => (float[1, 2, 8, 8] y) '
+        "<float[4] scales = {1, 1, 2, 2}> { [up] u = Upsample(x, scales) [act] y = Relu(u) }"
+    )
+    lifted = files.convert_opset(model, lowest=13)
+    assert [node.op_type for node in lifted.graph.node if node.op_type != "Constant"] == ["Resize", "Relu"]
+    (act,) = (node for node in lifted.graph.node if node.op_type == "Relu")
+    assert list(act.input) == ["u"]
+    onnx.checker.check_model(lifted, full_check=True)
