@@ -211,7 +211,7 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
     """Graphsurgeon's view of a model whose nodes are all named. The model is not changed.
 
     Raises:
-        ModelError: an input or output is neither a tensor nor a sequence, which graphsurgeon cannot write again.
+        ModelError: an input or output is neither a tensor nor a sequence, or an attribute is not what it says.
     """
     for value in (*model.graph.input, *model.graph.output):
         kind = value.type.WhichOneof("value")
@@ -221,7 +221,12 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
                 hint="export the model with plain tensors as inputs and outputs",
             )
     name_nodes(model.graph)
-    return gs.import_onnx(model)
+    try:
+        return gs.import_onnx(model)
+    except (ValueError, KeyError, TypeError, IndexError) as error:  # text attributes that are no text, among others
+        raise ModelError(
+            f"the network cannot be worked with: {first_line(error)}", hint="copy or export the model again"
+        ) from error
 
 
 def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:

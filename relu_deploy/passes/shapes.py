@@ -20,7 +20,7 @@ def annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
         return
     try:
         inferred = gs.import_onnx(onnx.shape_inference.infer_shapes(model, data_prop=True)).tensors()
-    except onnx.shape_inference.InferenceError:
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError, IndexError):  # it is C++, which raises these
         return
     for name, tensor in graph.tensors().items():
         known = inferred.get(name)
