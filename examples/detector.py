@@ -24,8 +24,6 @@ from relu_deploy.errors import MissingExtraError
 from relu_deploy.flow import Int8Plan, build_engine
 from relu_deploy.graph import load_model
 from relu_deploy.int8.drift import sqnr_db
-from relu_deploy.int8.formats import weight_bits_for_cpu
-from relu_deploy.machine import describe_machine
 
 # As ddddocr feeds it: letterboxed to 416x416, BGR, 0 to 255.
 PREPROCESS = "resize=416x416,letterbox,channels=bgr,scale=1"
@@ -63,11 +61,8 @@ def main() -> None:
     specs = model_inputs(load_model(model))
     source = open_source(folder / "calibration", specs, preprocess=PREPROCESS)
     float_build = build_engine(model, folder / "detector.fp32.onnx", BuildConfig("ort"))
-    bits = weight_bits_for_cpu(describe_machine().flags)
     builds = {"ort fp32": float_build}
-    builds["ort int8"] = build_engine(
-        model, folder / "detector.int8.onnx", BuildConfig("ort"), int8=Int8Plan(source, weight_bits=bits)
-    )
+    builds["ort int8"] = build_engine(model, folder / "detector.int8.onnx", BuildConfig("ort"), int8=Int8Plan(source))
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         config = BuildConfig("tensorrt-rtx", sm=("89",))
         builds["tensorrt-rtx int8 (SM 89)"] = build_engine(

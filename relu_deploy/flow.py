@@ -32,9 +32,8 @@ class Int8Plan:
         ranges: A ranges file measured on the model, as given or as rewritten.
         samples: How many samples to use at most; None for all.
         batch_size: Samples a run, where the batch axis is dynamic.
-        weight_bits: 8, or 7 for CPUs without VNNI.
+        weight_bits: 8 or 7; None: what this CPU multiplies without saturating.
         keep_float: Linear layers to leave in float.
-        warnings: Passed on to the report.
         weight_granularity: A weight scale for each output ``channel``, or one for each ``tensor``.
     """
 
@@ -42,9 +41,8 @@ class Int8Plan:
     ranges: Path | None = None
     samples: int | None = None
     batch_size: int = 1
-    weight_bits: int = 8
+    weight_bits: int | None = None
     keep_float: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
     weight_granularity: str = "channel"
 
     def __post_init__(self) -> None:
@@ -133,7 +131,7 @@ def build_engine(
         ranges = _ranges(int8, original, rewritten, progress)
         network, quant_report = quantize(
             rewritten, ranges, target=config.target, weight_bits=int8.weight_bits, keep_float=int8.keep_float,
-            check_ranges=False, extra_warnings=(*int8.warnings, *_card_warnings(config)),
+            check_ranges=False, extra_warnings=_card_warnings(config),
             weight_granularity=int8.weight_granularity,
         )  # fmt: skip
     drift: tuple[OutputDrift, ...] = ()

@@ -13,7 +13,7 @@ from rich.text import Text
 from relu_deploy.cli import inspect, quantize, rewrite
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
-from relu_deploy.cli.int8_options import int8_options, weight_width
+from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
 from relu_deploy.cli.safety import FileCommand, OutputPath
 from relu_deploy.targets import TARGETS
 
@@ -117,9 +117,9 @@ def command(
     )  # fmt: skip
     plan = None
     if to_int8:
-        width, warnings = weight_width(weight_bits, target)
+        width = parse_weight_bits(weight_bits)
         source = None if data is None else open_source(data, model_inputs(load_model(model)), preprocess=preprocess)
-        plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, warnings, weight_granularity)
+        plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, weight_granularity)
     elif data is not None or ranges is not None:
         raise click.UsageError("--calib and --ranges are for INT8 builds: add --int8, or leave them out")
     with progress_bar() as progress:

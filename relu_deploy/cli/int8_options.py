@@ -27,20 +27,6 @@ def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)  # fmt: skip
 
 
-def weight_width(choice: str, target: str) -> tuple[int, tuple[str, ...]]:
-    """Resolve ``--weight-bits`` for a target; the second value warns where this CPU decided or contradicts it."""
-    if target != "ort":
-        return 8, ()
-    from relu_deploy.int8.formats import weight_bits_for_cpu
-    from relu_deploy.machine import describe_machine
-
-    here = weight_bits_for_cpu(describe_machine().flags)
-    if choice == "auto":
-        if here == 8:
-            return 8, ()
-        return 7, ("this CPU has no VNNI, so weights have 7 bits; for a CPU that has it, give --weight-bits 8",)
-    if choice == "8" and here == 7:
-        return 8, (
-            "this CPU has no VNNI: 8-bit weights saturate here and lose accuracy, on CPUs with VNNI they do not",
-        )
-    return int(choice), ()
+def parse_weight_bits(choice: str) -> int | None:
+    """``--weight-bits`` as :func:`relu_deploy.int8.run.quantize` takes it; None is auto."""
+    return None if choice == "auto" else int(choice)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from calib.files import check_writable
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
-from relu_deploy.cli.int8_options import int8_options, weight_width
+from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
 from relu_deploy.cli.safety import FileCommand
 from relu_deploy.targets import TARGETS
 
@@ -59,10 +59,9 @@ def command(
     from relu_deploy.int8.run import quantize
 
     source = load_model(model)
-    width, warning = weight_width(weight_bits, target)
     quantized, report = quantize(
-        source, ranges_file.load(ranges), target=target, weight_bits=width, weight_granularity=weight_granularity,
-        keep_float=keep_float, extra_warnings=warning,
+        source, ranges_file.load(ranges), target=target, weight_bits=parse_weight_bits(weight_bits), weight_granularity=weight_granularity,
+        keep_float=keep_float,
     )  # fmt: skip
     save_model(quantized, output)
     emit(report, json_path, lambda: render(report, output))

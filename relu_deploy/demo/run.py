@@ -22,7 +22,6 @@ from relu_deploy.demo.data import Digits, load_digits
 from relu_deploy.engines.base import BuildConfig, ShapeRange
 from relu_deploy.flow import EngineBuilt, Int8Plan, build_engine
 from relu_deploy.graph import load_model
-from relu_deploy.int8.formats import weight_bits_for_cpu
 from relu_deploy.machine import Machine, describe_machine
 
 if TYPE_CHECKING:
@@ -167,8 +166,7 @@ def _build(folder: Path, name: str, suffix: str, config: BuildConfig, progress: 
     model, plan = folder / f"{name}.onnx", None
     if "int8" in suffix:
         source = open_source(folder / "data" / "calibration.npy", model_inputs(load_model(model)))
-        width = weight_bits_for_cpu(describe_machine().flags) if config.target == "ort" else 8
-        plan = Int8Plan(source, batch_size=32, weight_bits=width)
+        plan = Int8Plan(source, batch_size=32)
     what = f"build {name}.{suffix}"
     progress(what, 0, 1)
     keep = folder / "steps" / f"{name}.{suffix}"

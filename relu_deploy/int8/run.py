@@ -11,11 +11,12 @@ from calib.model import first_quantized
 from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
-from relu_deploy.int8.formats import NumberFormat, QParams, number_format
+from relu_deploy.int8.formats import NumberFormat, QParams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import matmul_add_to_gemm, spatial_mean_to_pool
 from relu_deploy.int8.place import Layer, Placement, place
 from relu_deploy.int8.write import Written, write
+from relu_deploy.machine import describe_machine
 from relu_deploy.passes.constants import fold_constants
 
 # The first opset with per-channel QuantizeLinear and DequantizeLinear, and the first with float16 ones.
@@ -58,7 +59,7 @@ def quantize(
     ranges: Ranges,
     *,
     target: str = "ort",
-    weight_bits: int = 8,
+    weight_bits: int | None = None,
     weight_granularity: str = "channel",
     keep_float: Iterable[str] = (),
     check_ranges: bool = True,
@@ -70,7 +71,8 @@ def quantize(
         model: A checked float model; it is not changed.
         ranges: Measured on this very model.
         target: ``ort``, ``tensorrt-rtx`` or ``tensorrt``.
-        weight_bits: 8, or 7 for x86 CPUs without VNNI (``ort`` only).
+        weight_bits: 8 or 7 (``ort`` only); None: what this CPU multiplies without saturating, and a warning where that
+            is 7.
         weight_granularity: ``channel`` or ``tensor``, see :func:`relu_deploy.int8.formats.number_format`.
         keep_float: Names of linear layers to leave in float.
         extra_warnings: What the caller found worth warning of; they go into the report.
@@ -85,7 +87,8 @@ def quantize(
         QuantizationError: the model is quantised already, has no linear layer, or a name in ``keep_float`` is none.
         ModelError: its opset cannot be lifted.
     """
-    number = number_format(target, weight_bits=weight_bits, weight_granularity=weight_granularity)
+    bits, cpu_warnings = _weight_bits(weight_bits, target)
+    number = number_format(target, weight_bits=bits, weight_granularity=weight_granularity)
     refuse_quantized(model)
     if check_ranges:
         check_fresh(ranges, model)
@@ -107,7 +110,21 @@ def quantize(
     written = write(graph, placement, bounds, number)
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
-    return quantized, _report(quantized, placement, written, number, extra_warnings)
+    return quantized, _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings))
+
+
+def _weight_bits(asked: int | None, target: str) -> tuple[int, tuple[str, ...]]:
+    """Width of weights for a target; and a warning where this CPU decided it, or does not bear what was asked."""
+    if target != "ort":
+        return asked or 8, ()
+    here = weight_bits_for_cpu(describe_machine().flags)
+    if asked is None and here == 7:
+        return here, (
+            "this CPU has no VNNI, so weights have 7 bits; for a CPU that has it, ask for 8 (--weight-bits 8)",
+        )
+    if asked == 8 and here == 7:
+        return asked, ("this CPU has no VNNI: 8-bit weights saturate here and lose accuracy; with VNNI they do not",)
+    return asked or here, ()
 
 
 def refuse_quantized(model: onnx.ModelProto) -> None:

@@ -377,3 +377,24 @@ def test_layers_that_cannot_be_int8_say_why(measure):
     assert any("not tried with tensorrt" in warning for warning in report.warnings)
     weight = next(n for n in quantized.graph.node if n.op_type == "DequantizeLinear" and "ConvTranspose" in n.name)
     assert helper.get_attribute_value(weight.attribute[0]) == 1, "output channels of ConvTranspose are on axis 1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "bits", "warned"),
+    [
+        (("avx2",), None, 7, True), (("avx2",), 8, 8, True), (("avx2",), 7, 7, False),
+        (("avx2", "avx512_vnni"), None, 8, False), (("avx2", "avx512_vnni"), 7, 7, False), (("asimddp",), None, 8, False),
+    ],
+)  # fmt: skip
+def test_width_of_weights_follows_the_cpu_and_says_so(residual_model, measure, monkeypatch, flags, asked, bits, warned):
+    import dataclasses
+
+    from relu_deploy.int8 import run
+
+    machine = dataclasses.replace(run.describe_machine(), flags=flags)
+    monkeypatch.setattr(run, "describe_machine", lambda: machine)
+    model = residual_model()
+    report = quantize(model, measure(model), target="ort", weight_bits=asked)[1]
+    assert report.weight_bits == bits
+    assert any("VNNI" in warning for warning in report.warnings) == warned
+    assert quantize(model, measure(model), target="tensorrt-rtx", weight_bits=asked)[1].weight_bits == 8
