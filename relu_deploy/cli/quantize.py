@@ -60,9 +60,13 @@ def command(
 
     source = load_model(model)
     quantized, report = quantize(
-        source, ranges_file.load(ranges), target=target, weight_bits=parse_weight_bits(weight_bits), weight_granularity=weight_granularity,
+        source,
+        ranges_file.load(ranges),
+        target=target,
+        weight_bits=parse_weight_bits(weight_bits),
+        weight_granularity=weight_granularity,
         keep_float=keep_float,
-    )  # fmt: skip
+    )
     save_model(quantized, output)
     emit(report, json_path, lambda: render(report, output))
 

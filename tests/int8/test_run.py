@@ -383,7 +383,8 @@ def test_layers_that_cannot_be_int8_say_why(measure):
     ("flags", "asked", "bits", "warned"),
     [
         (("avx2",), None, 7, True), (("avx2",), 8, 8, True), (("avx2",), 7, 7, False),
-        (("avx2", "avx512_vnni"), None, 8, False), (("avx2", "avx512_vnni"), 7, 7, False), (("asimddp",), None, 8, False),
+        (("avx2", "avx512_vnni"), None, 8, False), (("avx2", "avx512_vnni"), 7, 7, False),
+        (("asimddp",), None, 8, False),
     ],
 )  # fmt: skip
 def test_width_of_weights_follows_the_cpu_and_says_so(residual_model, measure, monkeypatch, flags, asked, bits, warned):
