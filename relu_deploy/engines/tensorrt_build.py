@@ -16,7 +16,7 @@ from relu_deploy.engines.base import BuildConfig, BuildReport
 from relu_deploy.engines.build import Compile, build_engine
 from relu_deploy.engines.log import read_log
 from relu_deploy.engines.plan import read_plan
-from relu_deploy.engines.tensorrt import make_logger
+from relu_deploy.engines.tensorrt_compile import Failure, Job, run_apart
 from relu_deploy.engines.trt_audit import audit_engine
 from relu_deploy.errors import EngineError
 from relu_deploy.model_io import model_io
@@ -26,79 +26,69 @@ def check_plan(trt: Any, model: onnx.ModelProto, config: BuildConfig) -> None:
     """Refuse a build that cannot succeed. See :meth:`relu_deploy.engines.base.Backend.check`."""
     _check_shapes(model, config)
     if config.target == "tensorrt-rtx":
-        _capabilities(trt, config)
+        _check_capabilities(trt, config)
 
 
 def build_plan(trt: Any, model: Path | onnx.ModelProto, out: Path, config: BuildConfig) -> BuildReport:
     """Compile a plan with the module ``trt``. See :meth:`relu_deploy.engines.base.Backend.build`."""
     versions = {trt.__name__: str(trt.__version__), "onnx": onnx.__version__}
-    return build_engine(model, out, config, versions=versions, compile_=lambda loaded: _compiler(trt, loaded, config))
+
+    def prepare(loaded: onnx.ModelProto) -> Compile:
+        check_plan(trt, loaded, config)
+        return lambda source, plan: _compile(loaded, source, plan, config, trt.__name__)
+
+    return build_engine(model, out, config, versions=versions, compile_=prepare)
 
 
-def _compiler(trt: Any, model: onnx.ModelProto, config: BuildConfig) -> Compile:
-    """Compile ``model`` as ``config`` says."""
-
-    def compile_plan(source: bytes | Path, out: Path) -> Audit:
-        logger, messages, errors = make_logger(trt)
-        try:
-            plan = _serialize(trt, logger, model, source, config, errors)
-        finally:
-            if config.log is not None:
-                write_text(config.log, "\n".join(messages) + "\n")
-        with out.open("wb") as stream:
-            stream.write(plan)
-        optimum = {name: shapes.optimum for name, shapes in config.shapes.items()}
-        return audit_engine(read_plan(out.read_bytes()), read_log(messages, errors=errors), model, optimum=optimum)
-
-    return compile_plan
-
-
-def _serialize(
-    trt: Any, logger: Any, model: onnx.ModelProto, source: bytes | Path, config: BuildConfig, errors: list[str]
-) -> Any:
-    """The plan, as a buffer."""
-    builder = trt.Builder(logger)
-    # Strongly typed: precision comes from Q/DQ and casts. TensorRT 11 knows nothing else and may drop the flag.
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(source)) if isinstance(source, Path) else parser.parse(source)
-    if not parsed:
-        raise _parser_error(trt, parser, model)
-    settings = _settings(trt, builder, model, config)
-    plan = builder.build_serialized_network(network, settings)
-    if plan is None:
-        reason = _tidy(errors[-1]) if errors else "no reason given"
-        turing = "build for SM 80 or newer (--sm), or give a float16 network" if "Turing" in reason else None
-        raise EngineError(f"{trt.__name__} cannot build this network: {reason}", hint=turing)
-    return plan
+def _compile(model: onnx.ModelProto, source: bytes | Path, plan: Path, config: BuildConfig, compiler: str) -> Audit:
+    """Compile ``model``, in a process of its own, and audit what came out."""
+    if isinstance(source, bytes):
+        file = plan.with_name("source.onnx")
+        file.write_bytes(source)
+        source = file
+    answer = plan.with_name("outcome.json")
+    dynamic = any(spec.dynamic for spec in model_io(model)[0])
+    outcome = run_apart(
+        Job(
+            flavour="tensorrt-rtx" if config.target == "tensorrt-rtx" else "tensorrt",
+            source=str(source.resolve()),
+            plan=str(plan.resolve()),
+            answer=str(answer.resolve()),
+            sm=config.sm if config.target == "tensorrt-rtx" else (),
+            shapes={n: (s.minimum, s.optimum, s.maximum) for n, s in config.shapes.items()} if dynamic else {},
+            optimization_level=config.optimization_level,
+            workspace_mib=config.workspace_mib,
+        )
+    )
+    if config.log is not None:
+        write_text(config.log, "\n".join(outcome.messages) + "\n")
+    if outcome.failure is not None:
+        raise _error(outcome.failure, model, compiler)
+    optimum = {name: shapes.optimum for name, shapes in config.shapes.items()}
+    log = read_log(outcome.messages, errors=outcome.errors)
+    return audit_engine(read_plan(plan.read_bytes()), log, model, optimum=optimum)
 
 
-def _settings(trt: Any, builder: Any, model: onnx.ModelProto, config: BuildConfig) -> Any:
-    """The builder configuration."""
-    settings = builder.create_builder_config()
-    # Without it neither the plan nor the log names kernels, and nothing could be audited.
-    settings.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if config.target == "tensorrt-rtx":
-        settings.num_compute_capabilities = len(config.sm)
-        for index, capability in enumerate(_capabilities(trt, config)):
-            settings.set_compute_capability(capability, index)
-    if config.optimization_level is not None:
-        settings.builder_optimization_level = config.optimization_level
-    if config.workspace_mib is not None:
-        settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mib << 20)
-    _add_profile(builder, settings, model, config)
-    return settings
+def _error(failure: Failure, model: onnx.ModelProto, compiler: str) -> Exception:
+    """A failure in words."""
+    if failure.stage == "write":
+        return OSError(failure.errno, failure.reason)
+    if failure.stage == "profile":
+        return EngineError(failure.reason, hint="every MIN <= OPT <= MAX has to make sense together")
+    if failure.stage == "parse":
+        return _parser_error(failure, model, compiler)
+    reason = _tidy(failure.reason)
+    turing = "build for SM 80 or newer (--sm), or give a float16 network" if "Turing" in reason else None
+    return EngineError(f"{compiler} cannot build this network: {reason}", hint=turing)
 
 
-def _capabilities(trt: Any, config: BuildConfig) -> list[Any]:
-    """TensorRT's names of the compute capabilities asked for."""
+def _check_capabilities(trt: Any, config: BuildConfig) -> None:
+    """Refuse compute capabilities that this TensorRT does not know."""
     known = trt.ComputeCapability.__members__
     for sm in config.sm:
         if f"SM{sm}" not in known:
             supported = ", ".join(name[2:] for name in sorted(known, key=len) if name.startswith("SM"))
             raise EngineError(f"{trt.__name__} {trt.__version__} cannot build for SM {sm}", hint=f"one of {supported}")
-    return [known[f"SM{sm}"] for sm in config.sm]
 
 
 def _check_shapes(model: onnx.ModelProto, config: BuildConfig) -> None:
@@ -123,28 +113,15 @@ def _check_shapes(model: onnx.ModelProto, config: BuildConfig) -> None:
             raise EngineError(f"the shape range of {name!r} does not fit {list(wanted)}: {shapes}")
 
 
-def _add_profile(builder: Any, settings: Any, model: onnx.ModelProto, config: BuildConfig) -> None:
-    """One optimisation profile for all dynamic inputs."""
-    _check_shapes(model, config)
-    profile = builder.create_optimization_profile()
-    for name, shapes in config.shapes.items():
-        profile.set_shape(name, shapes.minimum, shapes.optimum, shapes.maximum)
-    if any(spec.dynamic for spec in model_io(model)[0]) and settings.add_optimization_profile(profile) < 0:
-        raise EngineError(
-            "TensorRT refused the shape ranges", hint="every MIN <= OPT <= MAX has to make sense together"
-        )
-
-
-def _parser_error(trt: Any, parser: Any, model: onnx.ModelProto) -> EngineError:
+def _parser_error(failure: Failure, model: onnx.ModelProto, compiler: str) -> EngineError:
     """The parser's first error, with the ONNX node it is about."""
-    if not parser.num_errors:
-        return EngineError(f"{trt.__name__} cannot read this network, and gives no reason")
-    error = parser.get_error(0)
-    name, op = error.node_name(), error.node_operator()
-    if not name and 0 <= error.node() < len(model.graph.node):
-        name, op = model.graph.node[error.node()].name, model.graph.node[error.node()].op_type
-    message = f"{trt.__name__} cannot read node {name!r} ({op}): {_tidy(error.desc())}"
-    return EngineError(message, hint=_parser_hint(op, error.desc()))
+    if not failure.reason:
+        return EngineError(f"{compiler} cannot read this network, and gives no reason")
+    name, op = failure.node, failure.op
+    if not name and 0 <= failure.index < len(model.graph.node):
+        name, op = model.graph.node[failure.index].name, model.graph.node[failure.index].op_type
+    message = f"{compiler} cannot read node {name!r} ({op}): {_tidy(failure.reason)}"
+    return EngineError(message, hint=_parser_hint(op, failure.reason))
 
 
 def _parser_hint(op: str, text: str) -> str | None:
