@@ -1,6 +1,6 @@
 """Run the demo as the README does and put what it prints, and the machine, into the README.
 
-    python benchmarks/readme_demo.py
+python benchmarks/readme_demo.py
 """
 
 from __future__ import annotations
