@@ -21,7 +21,7 @@ def main() -> None:
         command = [sys.executable, "-m", "relu_deploy", "demo", "-o", "demo-run", "--json", "report.json"]
         printed = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
         machine = json.loads((Path(folder) / "report.json").read_text())["machine"]
-    shown = f"{machine['cpu']}, {machine['logical_cpus']} processors, Python {machine['python']}, {machine['system']}"
+    shown = f"{machine['cpu']}, {machine['logical_cpus']} processors, Python {machine['python']}"
     lines = "\n".join(line.rstrip() for line in printed.splitlines()) + "\n"
     text, found = BLOCK.subn(lambda match: match[1] + shown + match[2] + lines + match[3], README.read_text())
     if found != 1:
