@@ -245,5 +245,5 @@ def _int8_warnings(results: Sequence[EngineResult], machine: Machine) -> list[st
     if not on_cpu or not lacks_vnni(machine.flags):
         return []
     return [
-        "this CPU has no VNNI instructions: int8 gains less here than where it has, and that speed cannot be told from this"
+        "this CPU has no VNNI instructions: int8 gains more on CPUs that have; how much cannot be told from this"
     ]
