@@ -244,6 +244,4 @@ def _int8_warnings(results: Sequence[EngineResult], machine: Machine) -> list[st
     on_cpu = any(result.precision == "int8" and result.target in ("onnx", "ort") for result in results)
     if not on_cpu or not lacks_vnni(machine.flags):
         return []
-    return [
-        "this CPU has no VNNI instructions: int8 gains more on CPUs that have; how much cannot be told from this"
-    ]
+    return ["this CPU has no VNNI instructions: int8 gains more on CPUs that have; how much cannot be told from this"]
