@@ -129,19 +129,9 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_command(model: Path, sent: signal.Signals) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "relu_deploy.cli",
-        "bench",
-        str(model),
-        "--against",
-        str(model),
-        "--seconds",
-        "1e6",
-    ]
-    code = "from relu_deploy.cli import main; main()"
-    code = "from relu_deploy.cli import main; main()"
+    # A process started in the background by a shell ignores SIGINT, and so would what is started here.
+    interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{interruptible}; from relu_deploy.cli import main; main()"
     arguments = ["bench", str(model), "--against", str(model), "--seconds", "1e6"]
     command = [sys.executable, "-c", code, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -152,7 +142,10 @@ def test_no_worker_outlives_the_command(model: Path, sent: signal.Signals) -> No
         assert len(workers) == 2
         time.sleep(0.5)  # somewhere inside opening or the warm-up
         process.send_signal(sent)
-        output, _ = process.communicate(timeout=60)
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert "Traceback" not in output
     assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
     until = time.monotonic() + 30

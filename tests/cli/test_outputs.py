@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +94,22 @@ def test_files_that_are_written_beside_the_output_replace_no_input_either(box, r
     refused(command, says="would replace")
 
 
-def start(command: str, folder: Path, *, before: str = "", **options: object) -> subprocess.Popen[str]:
-    """The command in a process of its own, after some lines of Python."""
-    code = f"import sys; {before}\nfrom relu_deploy.cli import main\nmain()"
-    return subprocess.Popen(
+# A process started in the background by a shell ignores SIGINT, and so would what is started here.
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
+@contextlib.contextmanager
+def start(command: str, folder: Path, *, before: str = "", **options: object) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, after some lines of Python; gone at the end, whatever happened."""
+    code = f"import sys; {INTERRUPTIBLE}\n{before}\nfrom relu_deploy.cli import main\nmain()"
+    with subprocess.Popen(
         [sys.executable, "-c", code, *command.split()], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def files(folder: Path) -> dict[str, bytes | None]:
@@ -161,6 +172,9 @@ os.setuid(65534)
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes the user, which only root may")
 @pytest.mark.parametrize("command", [WRITERS["rewrite"], WRITERS["json of inspect"]])
 def test_no_permission_as_another_user(box, command):
+    closed = [folder for folder in Path(sys.prefix).parents if not folder.stat().st_mode & 0o001]
+    if closed:
+        pytest.skip(f"another user cannot read this environment: {closed[0]} is closed to it")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "shared"
         shutil.copytree(box, folder)
