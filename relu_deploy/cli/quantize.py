@@ -88,9 +88,10 @@ def render(report: QuantReport, output: Path | None = None) -> RenderableType:
 
 def summary(report: QuantReport) -> str:
     """One line: how many layers, tensors and activations became what."""
+    # Only an unsigned format has a lowest code of 0.0, which clips as a ReLU does.
+    dropped = f"{len(report.dropped_activations)} ReLU or Clip became clipping, " if report.target == "ort" else ""
     return (
         f"{report.target}: {report.int8_layers} of {len(report.layers)} linear layers int8, "
         f"{report.weight_bits}-bit weights with a scale for each {_GRAIN[report.weight_granularity]}, "
-        f"{len(report.activations)} tensors quantised, {len(report.dropped_activations)} ReLU or Clip became clipping, "
-        f"opset {report.opset}"
+        f"{len(report.activations)} tensors quantised, {dropped}opset {report.opset}"
     )

@@ -74,7 +74,7 @@ def _rows(entry: PassReport) -> list[tuple[str, str, str, str]]:
 def _verdict(report: RewriteReport) -> Text:
     check = report.verification
     if not report.changed:
-        return Text("nothing to change: the output is the input")
+        return Text("nothing to change: the network stays as it was")
     if check is None:
         return Text("outputs were not compared with the original's", style="yellow")
     if not check.samples:
