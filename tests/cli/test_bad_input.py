@@ -15,9 +15,6 @@ import pytest
 from relu_deploy.graph import MAX_IR_VERSION, MAX_OPSET
 
 RTX = "tensorrt-rtx"
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra: pip install 'relu-deploy[tensorrt-rtx]'"
-)
 # Commands that read an ONNX file; MODEL is replaced by it. Outputs go over an older good file.
 READERS = {
     "rewrite": "rewrite MODEL -o old.out",
@@ -283,7 +280,6 @@ def test_the_data_centre_library_is_not_an_extra_that_pip_can_install(box, refus
     refused("build-engine m.onnx --target tensorrt -o old.out", says="NVIDIA's own package host")
 
 
-@needs_rtx
 @pytest.mark.engine
 def test_an_engine_without_a_gpu_to_run_it(box, done, refused):
     if Path("/dev/nvidia0").exists():
