@@ -55,10 +55,10 @@ def main() -> None:
     found = importlib.util.find_spec("ddddocr")
     if found is None or found.origin is None:
         raise MissingExtraError("ddddocr", extra="dev", purpose="this example")
-    model = Path(found.origin).parent / "common_det.onnx"
+    model = load_model(Path(found.origin).parent / "common_det.onnx")
     make_folder(folder)
     save_photos(folder)
-    specs = model_inputs(load_model(model))
+    specs = model_inputs(model)
     source = open_source(folder / "calibration", specs, preprocess=PREPROCESS)
     float_build = build_engine(model, folder / "detector.fp32.onnx", BuildConfig("ort"))
     builds = {"ort fp32": float_build}

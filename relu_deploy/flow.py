@@ -96,7 +96,7 @@ class EngineBuilt:
 
 
 def build_engine(
-    model: Path,
+    model: Path | onnx.ModelProto,
     out: Path,
     config: BuildConfig,
     *,
@@ -104,10 +104,11 @@ def build_engine(
     keep: Path | None = None,
     progress: Progress = silent,
 ) -> EngineBuilt:
-    """Build an engine from an ONNX file.
+    """Build an engine from a network.
 
     Args:
-        model: Float ONNX file; without ``int8`` a Q/DQ file is built as it is.
+        model: Float ONNX file, or what :func:`relu_deploy.graph.load_model` made of it; without ``int8`` a Q/DQ network
+            is built as it is.
         out: Engine to write; its report goes to ``<out>.json``.
         config: Target and how to build for it.
         int8: Quantise first; None builds the network as it is.
@@ -121,7 +122,7 @@ def build_engine(
     backend = get_backend(config.target)
     if keep is not None:
         make_folder(keep)
-    original = load_model(model)
+    original = load_model(model) if isinstance(model, Path) else model
     backend.check(original, config)  # told before minutes of calibration, not after
     if int8 is not None:
         refuse_quantized(original)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from calib.files import check_writable
 from relu_deploy.cli.common import INPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import preprocess_option
 from relu_deploy.cli.safety import FileCommand
@@ -107,8 +106,6 @@ def command(
     from relu_deploy.bench.compare import bench
     from relu_deploy.bench.table import render
 
-    if json_path not in (None, "-"):
-        check_writable(Path(json_path))
     with progress_bar() as progress:
         report = bench(
             engines,

@@ -115,15 +115,15 @@ def command(
         sm=sm, shapes=shapes, optimization_level=optimization_level, workspace_mib=workspace, require_int8=require_int8,
         log=log,
     )  # fmt: skip
-    plan = None
+    if not to_int8 and (data is not None or ranges is not None):
+        raise click.UsageError("--calib and --ranges are for INT8 builds: add --int8, or leave them out")
+    network, plan = load_model(model), None
     if to_int8:
         width = parse_weight_bits(weight_bits)
-        source = None if data is None else open_source(data, model_inputs(load_model(model)), preprocess=preprocess)
+        source = None if data is None else open_source(data, model_inputs(network), preprocess=preprocess)
         plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, weight_granularity)
-    elif data is not None or ranges is not None:
-        raise click.UsageError("--calib and --ranges are for INT8 builds: add --int8, or leave them out")
     with progress_bar() as progress:
-        built = build_engine(model, output, config, int8=plan, keep=keep, progress=progress)
+        built = build_engine(network, output, config, int8=plan, keep=keep, progress=progress)
     emit(built, json_path, lambda: render(built, output))
 
 

@@ -11,7 +11,6 @@ import click
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from calib.files import check_writable
 from calib.options import METHODS
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
@@ -86,7 +85,6 @@ def command(
     from calib.summary import dead_channels
     from relu_deploy.graph import load_model
 
-    check_writable(output)
     model = load_model(model_path)
     source = open_source(data, model_inputs(model), preprocess=preprocess)
     started = time.perf_counter()

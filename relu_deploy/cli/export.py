@@ -10,7 +10,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from calib.files import check_writable
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.safety import FileCommand
 
@@ -69,7 +68,6 @@ def command(
 
     specs = [parse_input(text) for text in inputs]
     axes = [parse_dynamic(text) for text in dynamic]
-    check_writable(output)
     module = load_factory(model, weights=weights)
     if not specs:
         specs = list(own_inputs(module))

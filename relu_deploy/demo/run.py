@@ -163,9 +163,9 @@ def _build_all(folder: Path, progress: Progress) -> tuple[dict[str, EngineBuilt]
 
 def _build(folder: Path, name: str, suffix: str, config: BuildConfig, progress: Progress) -> EngineBuilt:
     """One engine; what lies between is kept under ``steps``."""
-    model, plan = folder / f"{name}.onnx", None
+    model, plan = load_model(folder / f"{name}.onnx"), None
     if "int8" in suffix:
-        source = open_source(folder / "data" / "calibration.npy", model_inputs(load_model(model)))
+        source = open_source(folder / "data" / "calibration.npy", model_inputs(model))
         plan = Int8Plan(source, batch_size=32)
     what = f"build {name}.{suffix}"
     progress(what, 0, 1)
