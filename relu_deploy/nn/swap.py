@@ -216,7 +216,7 @@ def replace_activations(
         for p, m in made
     )
     if example is not None:
-        left += _still_running(root["model"], [module for _, module in made], example)
+        left += _still_running(root["model"], [module for _, module in made], left, example)
     config = update_configs(root["model"], made, left)
     notes = () if example is not None else ("the model was not run: gates, heads and squeeze-excite only by names",)
     return root["model"], SwapReport(replaced, tuple(left), config, example is not None, notes)
@@ -274,7 +274,7 @@ def _trace(model: nn.Module, places: list[Place], example: Example) -> dict[str,
     if not difference <= _SAME_OUTPUTS:
         raise TrainingError(
             f"{type(model).__name__} computes something else (relative difference {difference:.2g}) once its own "
-            "activations stand in modules: one is changed in place and used under another name, or draws random numbers",
+            "activations stand in modules: one is changed in place under another name, or draws random numbers",
             hint="keep= leaves the names of the activations that are calls",
         )
     return watcher.visits
@@ -352,11 +352,12 @@ def _training(place: Place, root: nn.Module) -> bool:
     return old.training
 
 
-def _still_running(model: nn.Module, new: list[nn.Module], example: Example) -> list[Skip]:
+def _still_running(model: nn.Module, new: list[nn.Module], left: list[Skip], example: Example) -> list[Skip]:
     watch = SmoothCalls(model, new)
     with watch.watching():
         run(model, copy.deepcopy(example))
-    return [Skip(owner, f"still runs: {name} at {where}") for name, where, owner in watch.found]
+    said = {skip.name for skip in left}
+    return [Skip(owner, f"still runs: {name} at {where}") for name, where, owner in watch.found if owner not in said]
 
 
 def _reason_to_leave(module: nn.Module, name: str, kinds: Sequence[type[nn.Module]]) -> str | None:

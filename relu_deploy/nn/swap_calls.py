@@ -4,13 +4,14 @@ An expression of a method is an activation if it is a function of one live opera
 and elementwise functions) and computes a known smooth function: ``F.gelu(h)``, ``h * torch.sigmoid(h)`` and
 ``0.5 * h * (1 + torch.erf(h / math.sqrt(2)))`` are one thing here. It becomes ``self.<name>(h)`` in a subclass of the
 module's class, made from the original source with the original globals and closure, so ``isinstance``, ``super()``,
-line numbers in tracebacks, ``deepcopy`` and pickling go on working. The source is trusted only if it compiles to the byte code
-that runs.
+line numbers in tracebacks, ``deepcopy`` and pickling go on working. The source is trusted only if it compiles to the
+byte code that runs.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -81,7 +82,7 @@ def find_calls(module: nn.Module) -> tuple[list[Call], list[Refusal]]:
         for name, value in vars(owner).items():
             try:
                 function = _function_of(value)
-                if function is None or name.startswith("__") or not _worth_reading(function, module):
+                if function is None or name.startswith("__") or not _worth_reading(function):
                     continue
                 calls += _calls_of(owner, name, function, module)
             except _CannotRewriteError as error:
@@ -124,20 +125,21 @@ def _rewritten_class(cls: type, plan: _ClassPlan) -> type:
     bases = tuple(parts) if cls in by_owner else (cls, *parts)
     body = {
         "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
-        "__reduce_ex__": lambda self, protocol: _reduce(self, protocol, cls, plan),
+        "__reduce_ex__": lambda self, _protocol: _reduce(self, cls, plan),
     }  # fmt: skip
     return type(cls)(cls.__name__, bases, body)
 
 
-def _reduce(module: nn.Module, protocol: int, cls: type, plan: _ClassPlan) -> tuple[Any, ...]:
+def _reduce(module: nn.Module, cls: type, plan: _ClassPlan) -> tuple[Any, ...]:
     """Pickle the class as "this class with that plan": its name leads to the class before the rewrite."""
-    state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
+    state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)  # type: ignore[no-untyped-call]
     return _restore, (cls, plan), state
 
 
 def _restore(cls: type, plan: _ClassPlan) -> nn.Module:
     rewritten = rewritten_class(cls, plan)
-    return rewritten.__new__(rewritten)  # type: ignore[no-any-return]
+    made: nn.Module = object.__new__(rewritten)
+    return made
 
 
 def _function_of(value: object) -> types.FunctionType | None:
@@ -146,18 +148,17 @@ def _function_of(value: object) -> types.FunctionType | None:
         value = value.fget
     if not isinstance(value, types.FunctionType):
         return None
-    return inspect.unwrap(value)  # type: ignore[return-value]
+    inner: object = inspect.unwrap(value)
+    return inner if isinstance(inner, types.FunctionType) else None
 
 
-def _worth_reading(function: types.FunctionType, module: nn.Module) -> bool:
+def _worth_reading(function: types.FunctionType) -> bool:
     """Whether the byte code names a primitive, or a global, closure or attribute that is an activation function."""
-    if not isinstance(function, types.FunctionType):
-        return False
-    return any(_named_smooth(name, function, module) for name in _names(function.__code__))
+    return any(_named_smooth(name, function) for name in _names(function.__code__))
 
 
-def _named_smooth(name: str, function: types.FunctionType, module: nn.Module) -> bool:
-    if name in PRIMITIVES or "act" in name.lower():
+def _named_smooth(name: str, function: types.FunctionType) -> bool:
+    if name.lower() in PRIMITIVES or "act" in name.lower():
         return True
     found = _closure(function).get(name, function.__globals__.get(name))
     return swap_known.looks_smooth(found) if callable(found) and not isinstance(found, type) else False
@@ -173,10 +174,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _closure(function: types.FunctionType) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
+        with contextlib.suppress(ValueError):  # a cell that nothing was put into yet
             values[name] = cell.cell_contents
-        except ValueError:  # a cell that nothing was put into yet
-            continue
     return values
 
 
@@ -219,13 +218,14 @@ def _compiled(node: ast.AST, function: types.FunctionType) -> types.CodeType:
         node.decorator_list = []
         inner: ast.stmt = node
     else:
-        inner = ast.copy_location(ast.Expr(node), node)  # type: ignore[arg-type,type-var]
+        inner = ast.copy_location(ast.Expr(node), node)  # type: ignore[arg-type]
     owner = function.__qualname__.split(".<locals>.")[-1].split(".")
     free = [name for name in function.__code__.co_freevars if name != "__class__"]
     outer = ast.parse(
         f"def _outer({', '.join(free)}):\n    class {owner[-2] if len(owner) > 1 else '_'}:\n        pass"
     )
     outer.body[0].body[0].body = [inner]  # type: ignore[attr-defined]
+    outer.body[:0] = _imports(function)
     ast.fix_missing_locations(outer)
     flags = function.__code__.co_flags & _FUTURE
     code = compile(outer, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
@@ -233,6 +233,14 @@ def _compiled(node: ast.AST, function: types.FunctionType) -> types.CodeType:
         code = next(part for part in code.co_consts if isinstance(part, types.CodeType))
     wanted = function.__code__.co_name
     return next(p for p in code.co_consts if isinstance(p, types.CodeType) and p.co_name == wanted)
+
+
+def _imports(function: types.FunctionType) -> list[ast.stmt]:
+    """The imports at the top of the function's file: CPython compiles ``F.gelu(x)`` otherwise where F is an import."""
+    filename = function.__code__.co_filename
+    tree = _parsed(filename, "".join(linecache.getlines(filename, function.__globals__)))
+    found = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [copy.deepcopy(node) for node in found if getattr(node, "module", None) != "__future__"]
 
 
 def _calls_of(owner: type, name: str, function: types.FunctionType, module: nn.Module) -> list[Call]:
@@ -269,7 +277,7 @@ def _rewritten_method(owner: type, name: str, places: dict[Position, _Place]) ->
     closure = tuple(cells[free] for free in code.co_freevars)
     made = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
     functools.update_wrapper(made, function)
-    del made.__wrapped__
+    del made.__wrapped__  # type: ignore[attr-defined]
     made.__kwdefaults__ = function.__kwdefaults__
     return _rewrap(original, function, made)
 
@@ -402,9 +410,19 @@ class _Finder:
             return (
                 isinstance(func, ast.Attribute) and func.attr.rstrip("_") in ELEMENTWISE and self._allowed(func.value)
             )
+        if isinstance(func, ast.Call):  # nn.GELU()(x): a module made where it is called
+            made = self._value(func.func)
+            options = [*func.args, *(keyword.value for keyword in func.keywords)]
+            return (
+                isinstance(made, type)
+                and issubclass(made, nn.Module)
+                and made.__module__.startswith("torch.nn.")
+                and made.__name__.lower() in PRIMITIVES
+                and all(isinstance(value, ast.Constant) for value in options)
+            )
         value = self._value(func)
         if isinstance(value, nn.Module):
-            return not [*value.parameters(), *value.buffers()] and type(value).__name__.lower() not in {"dropout"}
+            return not [*value.parameters(), *value.buffers()] and type(value).__name__.lower() != "dropout"
         if getattr(value, "__module__", None) == math.__name__:
             return True
         name = str(getattr(value, "__name__", "")).rstrip("_")

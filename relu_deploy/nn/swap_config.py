@@ -36,7 +36,7 @@ def update_configs(model: nn.Module, made: Sequence[tuple[Place, nn.Module]], le
     """Let the configurations of a swapped model say ``relu`` where all that they name is plain ReLU now.
 
     A saved and reloaded model is then the ReLU network. If anything in the modules that carry a configuration was left
-    for another reason than that it never ran, or replaced by something else than ReLU, the configuration stays as it is.
+    for another reason than that it never ran, or replaced by something else than ReLU, the configuration stays as is.
 
     Returns:
         One phrase for each key: the change, or why there is none.

@@ -79,9 +79,8 @@ def find_places(
             else:
                 places.append(Place(name, parent_name, child_name, "module", type(child).__name__))
         if parent is not root:
-            for place in (*_attributes(parent_name, parent), *_calls(parent_name, parent, left)):
-                if place.make is not None and isinstance(place.make(), tuple(kinds)):
-                    places.append(place)
+            found = (*_attributes(parent_name, parent), *_calls(parent_name, parent, left))
+            places += [place for place in found if place.make and isinstance(place.make(), tuple(kinds))]
     return places, left
 
 
