@@ -17,7 +17,7 @@ from torch import nn
 
 from relu_deploy.errors import TrainingError
 from relu_deploy.nn.swap_config import update_configs
-from relu_deploy.nn.swap_known import QuickGELU, recognise_module
+from relu_deploy.nn.swap_known import GATE_CALLS, QuickGELU, recognise_module
 from relu_deploy.nn.swap_sites import Place, find_places, install
 from relu_deploy.nn.swap_trace import Example, Probe, SmoothCalls, Visit, Watcher, largest_difference, run
 from relu_deploy.report import Skip, to_json
@@ -215,9 +215,12 @@ def replace_activations(
         )
         for p, m in made
     )
+    kept = [skip.name for skip in left if not _is_no_activation(root["model"], skip.name)]
     if example is not None:
-        left += _still_running(root["model"], [module for _, module in made], left, example)
-    config = update_configs(root["model"], made, left)
+        running = _still_running(root["model"], [module for _, module in made], left, example)
+        left += [Skip(owner, f"still runs: {function} at {where}") for function, where, owner in running]
+        kept += [owner for function, _, owner in running if function not in GATE_CALLS]
+    config = update_configs(root["model"], made, kept)
     notes = () if example is not None else ("the model was not run: gates, heads and squeeze-excite only by names",)
     return root["model"], SwapReport(replaced, tuple(left), config, example is not None, notes)
 
@@ -352,12 +355,23 @@ def _training(place: Place, root: nn.Module) -> bool:
     return old.training
 
 
-def _still_running(model: nn.Module, new: list[nn.Module], left: list[Skip], example: Example) -> list[Skip]:
+def _still_running(
+    model: nn.Module, new: list[nn.Module], left: list[Skip], example: Example
+) -> list[tuple[str, str, str]]:
+    """Function, ``file:line`` and module of every smooth function that runs where nothing is said about it yet."""
     watch = SmoothCalls(model, new)
     with watch.watching():
         run(model, copy.deepcopy(example))
     said = {skip.name for skip in left}
-    return [Skip(owner, f"still runs: {name} at {where}") for name, where, owner in watch.found if owner not in said]
+    return [found for found in watch.found if found[2] not in said]
+
+
+def _is_no_activation(model: nn.Module, name: str) -> bool:
+    """Whether a gate's or head's function, or a ReLU, stands there: no configuration means these by its activation."""
+    try:
+        return isinstance(model.get_submodule(name), tuple(_LEFT))
+    except AttributeError:  # a call or an attribute
+        return False
 
 
 def _reason_to_leave(module: nn.Module, name: str, kinds: Sequence[type[nn.Module]]) -> str | None:

@@ -8,7 +8,6 @@ from typing import Any, Final
 from torch import nn
 
 from relu_deploy.nn.swap_sites import Place, short
-from relu_deploy.report import Skip
 
 # What the names mean; a configuration with another name is not changed.
 _SMOOTH_NAMES: Final = frozenset(
@@ -32,11 +31,16 @@ _SMOOTH_NAMES: Final = frozenset(
 )
 
 
-def update_configs(model: nn.Module, made: Sequence[tuple[Place, nn.Module]], left: Sequence[Skip]) -> tuple[str, ...]:
+def update_configs(model: nn.Module, made: Sequence[tuple[Place, nn.Module]], kept: Sequence[str]) -> tuple[str, ...]:
     """Let the configurations of a swapped model say ``relu`` where all that they name is plain ReLU now.
 
-    A saved and reloaded model is then the ReLU network. If anything in the modules that carry a configuration was left
-    for another reason than that it never ran, or replaced by something else than ReLU, the configuration stays as is.
+    A saved and reloaded model is then the ReLU network. If any activation of the modules that carry a configuration was
+    kept, or replaced by something else than ReLU, the configuration stays as it is.
+
+    Args:
+        model: The copy; its configurations are changed.
+        made: What was put where.
+        kept: Names of the smooth activations that were left, for whatever reason.
 
     Returns:
         One phrase for each key: the change, or why there is none.
@@ -47,17 +51,17 @@ def update_configs(model: nn.Module, made: Sequence[tuple[Place, nn.Module]], le
         if hasattr(config, "to_dict") and hasattr(config, "model_type"):
             owners.setdefault(id(config), (config, name))
     return tuple(
-        _update(config, key, scope, made, left)
+        _update(config, key, scope, made, kept)
         for config, scope in owners.values()
         for key, value in list(vars(config).items())
         if "act" in key and isinstance(value, str) and value in _SMOOTH_NAMES
     )
 
 
-def _update(config: Any, key: str, scope: str, made: Sequence[tuple[Place, nn.Module]], left: Sequence[Skip]) -> str:
+def _update(config: Any, key: str, scope: str, made: Sequence[tuple[Place, nn.Module]], kept: Sequence[str]) -> str:
     mine = [(place, module) for place, module in made if _within(short(place.name), scope)]
     other = [place.name for place, module in mine if type(module) is not nn.ReLU]
-    other += [skip.name for skip in left if _within(skip.name, scope) and _blocks(skip)]
+    other += [name for name in kept if _within(name, scope)]
     old = getattr(config, key)
     label = f"{scope}.{key}".removeprefix(".")
     if not mine or other:
@@ -68,9 +72,3 @@ def _update(config: Any, key: str, scope: str, made: Sequence[tuple[Place, nn.Mo
 
 def _within(name: str, scope: str) -> bool:
     return not scope or name == scope or name.startswith(f"{scope}.")
-
-
-def _blocks(skip: Skip) -> bool:
-    """Whether a place that was left may be one that the key names; sigmoids, tanhs and ReLUs never are."""
-    return skip.reason.startswith(("squeeze-excite", "a gate: its", "a gate, by its", "a head: its", "named in keep",
-                                   "not named in only", "did not run", "a subclass"))  # fmt: skip

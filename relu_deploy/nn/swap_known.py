@@ -70,6 +70,8 @@ PRIMITIVES: Final = frozenset(
 SMOOTH_CALLS: Final = (PRIMITIVES - {"relu6", "clamp", "clip", "hardtanh", "exp"}) | {
     "_transformer_encoder_layer_fwd", "log_sigmoid", "logsigmoid",
 }  # fmt: skip
+# Those of them that gates, heads and poolers are made of.
+GATE_CALLS: Final = frozenset(["sigmoid", "tanh", "softplus", "hardsigmoid", "log_sigmoid", "logsigmoid", "expit"])
 # What an activation may be spelled with besides: functions and methods of a tensor that act element by element.
 ELEMENTWISE: Final = PRIMITIVES | {
     "mul",
