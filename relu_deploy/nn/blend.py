@@ -64,6 +64,26 @@ class Blend(nn.Module):
         return f"gamma={float(self.gamma):g}"
 
 
+class StochasticBlend(Blend):
+    """ReLU with probability ``alpha = 1 - gamma``, else ``act``: one draw for the whole layer in each forward pass.
+
+    In evaluation mode it is the expectation, ``gamma act(x) + (1 - gamma) max(0, x)``, which at ``gamma`` 0 is ReLU.
+    Draws come from torch's generator of the input's device, so that a restored random state repeats them; the processes
+    of a distributed training draw on their own. Both functions are computed and one is chosen, so that
+    ``torch.compile`` sees no branch on data.
+
+    Source: "Progressive ensemble activations", equation 3, with r a scalar as printed there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Draw in training mode, blend in evaluation mode."""
+        if not self.training:
+            return super().forward(x)
+        smooth: Tensor = self.act(x)
+        # rand() < 0 is never true and rand() < 1 always: gamma 1 and 0 are exact.
+        return torch.where(torch.rand((), device=x.device) < self.gamma, smooth, F.relu(x))
+
+
 def set_gamma(model: nn.Module, gamma: float) -> int:
     """Set ``gamma`` of every :class:`Blend` in a model and return how many there are.
 
@@ -75,6 +95,31 @@ def set_gamma(model: nn.Module, gamma: float) -> int:
     for blend in blends:
         blend.set_gamma(gamma)
     return len(blends)
+
+
+def finish(model: nn.Module) -> list[str]:
+    """Put a plain ``nn.ReLU`` in the place of every blend, in place, and return their names.
+
+    Raises:
+        TrainingError: a blend is not at ``gamma`` 0, so ReLU would compute something else; nothing was changed.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), Blend(nn.SiLU(), gamma=0.0))
+    >>> finish(net), net[1]
+    (['1'], ReLU())
+    """
+    # A module that stands in two places has two names and one replacement.
+    places = [(name, child, module) for name, module in model.named_modules(remove_duplicate=False)
+              for child in module._modules if isinstance(module._modules[child], Blend)]  # noqa: SLF001  # fmt: skip
+    found = {f"{name}.{child}".removeprefix("."): getattr(module, child) for name, child, module in places}
+    early = [f"{name} (gamma {float(blend.gamma):g})" for name, blend in found.items() if float(blend.gamma) != 0]
+    if isinstance(model, Blend):
+        raise TrainingError("the model itself is a blend, and nothing holds it", hint="put it into nn.Sequential")
+    if early:
+        raise TrainingError(f"not ReLU yet: {', '.join(early[:3])}", hint="train to the end of the transition")
+    made = {id(blend): nn.ReLU().train(blend.training) for blend in found.values()}
+    for (_, child, module), blend in zip(places, found.values(), strict=True):
+        setattr(module, child, made[id(blend)])
+    return list(found)
 
 
 def _checked(value: float, name: str) -> float:
