@@ -118,7 +118,9 @@ class Distiller:
             FileError: ``out`` is in use, holds a run and ``resume`` is not given, or cannot be written.
         """
         make_folder(self.out / "checkpoints")
-        run = _Run(self, Accelerator(mixed_precision=self.config.precision))
+        # Without cpu=, processes on a machine with no GPU would not know of each other.
+        cpu = not torch.accelerator.is_available()
+        run = _Run(self, Accelerator(mixed_precision=self.config.precision, cpu=cpu))
         if not run.accelerator.is_main_process:
             return run.train(resume=resume, progress=silent)
         with checkpoint.locked(self.out):
