@@ -15,6 +15,7 @@ from relu_deploy.distill.config import DistillConfig
 from relu_deploy.errors import TrainingError
 from relu_deploy.nn.blend import Blend, StochasticBlend
 from relu_deploy.nn.pwlu import PWLU
+from relu_deploy.nn.pwlu_model import collect_statistics, realign
 from relu_deploy.nn.schedule import group_gamma, pea_alpha, sat_gamma, statistics_end
 from relu_deploy.nn.swap import PerSite, SwapReport, channelwise, relu, replace_activations
 
@@ -125,12 +126,10 @@ def _set_phase(model: nn.Module, config: DistillConfig, step: int, total: int) -
     if not config.transition.realign:
         return
     end = statistics_end(total, statistics=config.transition.statistics)
-    for module in model.modules():
-        if isinstance(module, PWLU):
-            if step < end and not module.collecting and step == 0:
-                module.collect()
-            elif step >= end and module.collecting:
-                module.realign()
+    if step == 0 < end:
+        collect_statistics(model)
+    elif step >= end:
+        realign(model)
 
 
 def _random(teacher: nn.Module, seed: int, fresh: Callable[[], nn.Module] | None) -> nn.Module:

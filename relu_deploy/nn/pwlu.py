@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,15 @@ from relu_deploy.nn.pwlu_function import (
     pwlu,
     tables_of,
 )
+from relu_deploy.nn.pwlu_kernel import CompiledPWLU, forward_compiled
 
 SPREAD = 3.0
 """Boundaries lie this many standard deviations from the mean (PWLU, section 3.3)."""
 MOMENTUM = 0.9
 """Share of the old value in a running statistic (PWLU, section 3.3)."""
+
+Kernel = Literal["blocks", "compiled"]
+"""How eager PyTorch computes the unit on a CPU: by operators of torch, or by C++ compiled on request."""
 
 
 class PWLU(nn.Module):
@@ -46,6 +50,7 @@ class PWLU(nn.Module):
     ``values`` (C, N + 1), the heights Y_i; ``slope_left`` and ``slope_right`` (C,), K_L and K_R.
     Buffers: ``mean`` and ``std`` (C,), running statistics; ``batches`` (C,), how many made them; ``phase`` (), 1 while
     collecting, else 0.
+    Attribute ``kernel``: set it with :func:`relu_deploy.nn.pwlu_model.use_kernel`; not part of the state.
 
     Args:
         channels: Channels of the input; None learns one function for the whole layer, of any input shape.
@@ -71,6 +76,7 @@ class PWLU(nn.Module):
     std: Tensor
     batches: Tensor
     phase: Tensor
+    kernel: Kernel = "blocks"
 
     def __init__(
         self, channels: int | None = None, *, intervals: int = 16, bound: float = 3.0, channel_axis: int = 1
@@ -145,7 +151,7 @@ class PWLU(nn.Module):
         """Apply the unit; in phase I, apply ReLU and (in training mode) take statistics."""
         axis = self._axis(x)
         if not self._collecting:
-            return pwlu(x, self.parameters_in_order(), axis)
+            return self._apply_kernel(x, axis)
         if self.training and x.numel():
             self._observe(x, axis)
         y: Tensor = _ReluFrozen.apply(x, *self.parameters_in_order())  # type: ignore[no-untyped-call]  # torch's own
@@ -212,12 +218,15 @@ class PWLU(nn.Module):
 
     def to_static(self) -> StaticPWLU:
         """The same function with nothing left to train: bit-identical in eager PyTorch. In phase I that is ReLU."""
-        return StaticPWLU(self._tables(), channels=self.channels, channel_axis=self.channel_axis)
+        static = StaticPWLU(self._tables(), channels=self.channels, channel_axis=self.channel_axis)
+        static.kernel = self.kernel
+        return static
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         what = "layer-wise" if self.channels is None else f"{self.channels}, channel_axis={self.channel_axis}"
         crossed = int(self.crossed().sum())
+        what += "" if self.kernel == "blocks" else f", kernel={self.kernel}"
         notes = [", collecting"] if self._collecting else []
         notes += [f", {crossed} with crossed boundaries"] if crossed else []
         return f"{what}, intervals={self.intervals}{''.join(notes)}"
@@ -225,6 +234,12 @@ class PWLU(nn.Module):
     def parameters_in_order(self) -> Parameters:
         """The five parameters, named and in the order that :mod:`relu_deploy.nn.pwlu_function` takes them."""
         return Parameters(self.left, self.right, self.values, self.slope_left, self.slope_right)
+
+    def _apply_kernel(self, x: Tensor, axis: int) -> Tensor:
+        if self.kernel == "compiled" and not plain_wanted(x):
+            y: Tensor = CompiledPWLU.apply(x, *self.parameters_in_order(), axis)  # type: ignore[no-untyped-call]
+            return y
+        return pwlu(x, self.parameters_in_order(), axis)
 
     def _tables(self) -> Tables:
         with torch.no_grad():
@@ -295,6 +310,7 @@ class StaticPWLU(nn.Module):
     width: Tensor
     slopes: Tensor
     offsets: Tensor
+    kernel: Kernel = "blocks"
 
     def __init__(self, tables: Tables, *, channels: int | None, channel_axis: int = 1) -> None:
         super().__init__()
@@ -309,7 +325,7 @@ class StaticPWLU(nn.Module):
         tables = Tables(*(t.to(torch.promote_types(x.dtype, t.dtype)) for t in tables))
         if plain_wanted(x) or x.requires_grad:
             return evaluate(x, tables, axis)
-        return forward_blocks(x, tables, axis)
+        return (forward_compiled if self.kernel == "compiled" else forward_blocks)(x, tables, axis)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

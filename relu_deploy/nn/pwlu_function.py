@@ -137,25 +137,26 @@ class PWLUFunction(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         raw = Parameters(*rest)
         if torch.is_grad_enabled():
-            return (*_differentiable(x, raw, grad, ctx.axis, ctx.needs_input_grad[:6]), None)
+            return (*differentiable(x, raw, grad, ctx.axis, ctx.needs_input_grad[:6]), None)
         work = raw.as_work(work_dtype(x, raw.values))
         dx, sums = backward_blocks(x, grad, tables_of(work), ctx.axis, parameters=any(ctx.needs_input_grad[1:6]))
         if sums is None:
             return dx, None, None, None, None, None, None
-        grads = _parameter_gradients(work, *sums)
+        grads = parameter_gradients(work, *sums)
         return (dx, *(g.to(p.dtype) for g, p in zip(grads, raw, strict=True)), None)
 
 
-def _differentiable(
+def differentiable(
     x: Tensor, raw: Parameters, grad: Tensor, axis: int, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
+    """Gradients of ``x`` and the parameters, those wanted, that can be differentiated again."""
     y = evaluate(x, tables_of(raw.as_work(work_dtype(x, raw.values))), axis)
     inputs = [tensor for tensor, want in zip((x, *raw), wanted, strict=True) if want]
     found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True, materialize_grads=True))
     return tuple(next(found) if want else None for want in wanted)
 
 
-def _parameter_gradients(p: Parameters, g: Tensor, gu: Tensor) -> Parameters:
+def parameter_gradients(p: Parameters, g: Tensor, gu: Tensor) -> Parameters:
     """Gradients from the sums of ``grad`` and of ``grad * (x - B_L)`` over each segment, both (C, N + 2)."""
     n = p.intervals
     width = (p.right - p.left).unsqueeze(1)
@@ -172,7 +173,7 @@ def _parameter_gradients(p: Parameters, g: Tensor, gu: Tensor) -> Parameters:
     return Parameters(left, right, values, gu[:, 0], gu[:, -1] - g[:, -1] * width[:, 0])
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """A tensor as a matrix in memory order, with per-channel constants that broadcast against its rows."""
 
     matrix: Tensor
@@ -194,22 +195,23 @@ class _Rows(NamedTuple):
         return result if self.back is None else result.movedim(-1, self.back)
 
 
-def _rows(x: Tensor, axis: int, channels: int) -> _Rows:
+def as_rows(x: Tensor, axis: int, channels: int) -> Rows:
+    """See :class:`Rows`; copies ``x`` only if its channels are neither where they are told to be nor last in memory."""
     if channels == 1:
         dense = x.contiguous()
-        return _Rows(dense.view(-1, 1), True, dense.shape, None)
+        return Rows(dense.view(-1, 1), True, dense.shape, None)
     moved = axis < x.ndim - 1 and not x.is_contiguous() and x.movedim(axis, -1).is_contiguous()
     dense = x.movedim(axis, -1) if moved else x.contiguous()
     inner = 1 if moved else dense.shape[axis + 1 :].numel()
     by_row = inner > 1
     columns = inner if by_row else channels
-    return _Rows(dense.view(dense.numel() // columns, columns), by_row, dense.shape, axis if moved else None)
+    return Rows(dense.view(dense.numel() // columns, columns), by_row, dense.shape, axis if moved else None)
 
 
 class _Segments:
     """Finds ``x - B_L`` and the place of each element's segment in the flat tables, block by block."""
 
-    def __init__(self, rows: _Rows, t: Tables) -> None:
+    def __init__(self, rows: Rows, t: Tables) -> None:
         self.rows = rows
         channels, segments = t.slopes.shape
         self.intervals = segments - 2
@@ -238,7 +240,7 @@ class _Segments:
 
 def forward_blocks(x: Tensor, t: Tables, axis: int) -> Tensor:
     """Same values as :func:`evaluate`, a cache-sized block at a time."""
-    rows = _rows(x, axis, t.left.numel())
+    rows = as_rows(x, axis, t.left.numel())
     find = _Segments(rows, t)
     slopes, offsets = t.slopes.reshape(-1), t.offsets.reshape(-1)
     y = torch.empty_like(rows.matrix)
@@ -254,7 +256,7 @@ def backward_blocks(
     x: Tensor, grad: Tensor, t: Tables, axis: int, *, parameters: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Gradient of x, and the sums of ``grad`` and ``grad * (x - B_L)`` over each segment, (C, N + 2) each."""
-    rows = _rows(x, axis, t.left.numel())
+    rows = as_rows(x, axis, t.left.numel())
     given = grad if rows.back is None else grad.movedim(rows.back, -1)
     upstream = given.contiguous().view(rows.matrix.shape)
     find = _Segments(rows, t)
