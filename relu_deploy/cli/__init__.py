@@ -14,7 +14,7 @@ from relu_deploy.cli.safety import SIGNALLED, terminable
 from relu_deploy.cli.screen import printable
 
 # In the order of the flow; each name is a module of this package with a click command called ``command``.
-COMMANDS = ("demo", "export", "rewrite", "calibrate", "quantize", "build-engine", "bench", "inspect")
+COMMANDS = ("demo", "distill", "export", "rewrite", "calibrate", "quantize", "build-engine", "bench", "inspect")
 
 
 class _Group(click.Group):
@@ -59,8 +59,8 @@ def _tell(message: str, hint: str | None) -> None:
 def main() -> None:
     """Take networks from smooth activations to plain ReLU and into INT8 engines, with every step measured.
 
-    The flow: export -> rewrite -> calibrate -> quantize -> build-engine -> bench. Each step reads and writes files
-    (ONNX, JSON) and works alone; build-engine runs the ones before it as needed; demo runs them all.
+    The flow: distill -> export -> rewrite -> calibrate -> quantize -> build-engine -> bench. Each step reads and
+    writes files (ONNX, JSON) and works alone; build-engine runs the four before it as needed; demo runs them all.
 
     Exit codes: 0 done, 1 a check failed, 2 a mistake in the call or its files, 128 + N ended by signal N.
     """

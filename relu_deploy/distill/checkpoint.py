@@ -33,13 +33,8 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     buffer = io.BytesIO()  # torch's own writer reports a full disk as an internal error
     torch.save(dict(state), buffer)
     target = folder / f"step-{step:09d}.pt"
-    try:
-        with atomic_path(target) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-    except FileError as error:
-        newest = existing(folder)
-        kept = f"the checkpoint of step {step_of(newest[-1])} is kept" if newest else "there is no older checkpoint"
-        raise FileError(f"{error.message}; {kept}", hint="make room, then resume") from error
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
     for old in existing(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
     return target
@@ -54,6 +49,12 @@ def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     match = _NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
+
+
+def newest(folder: Path) -> str:
+    """What is kept, for messages about a training that stopped."""
+    found = existing(folder)
+    return f"the checkpoint of step {step_of(found[-1])} is kept" if found else "there is no checkpoint yet"
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, tuple[str, ...]] | None:

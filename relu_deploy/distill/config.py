@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,7 +116,9 @@ class DistillConfig:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("workers", "checkpoint_steps", "seed"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _check(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "positive")
+        _check(
+            0 < self.learning_rate <= 1e6, "learning_rate", self.learning_rate, "positive, and no more than a million"
+        )
         _check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
         _check(0 <= self.distill_weight < math.inf, "distill_weight", self.distill_weight, "0 or more")
         if self.clip_norm is not None:
@@ -160,6 +163,40 @@ def from_dict(values: Mapping[str, Any], *, source: str = "the configuration") -
     checked = _typed(DistillConfig, fields, source)
     checked["transition"] = TransitionConfig(**_typed(TransitionConfig, inner, f"{source}, [transition]"))
     return DistillConfig(**checked)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Read ``NAME=VALUE``; the value is JSON, or else text.
+
+    Raises:
+        TrainingError: there is no ``=``.
+
+    >>> parse_setting("transition.pure=0.3"), parse_setting("loss=task"), parse_setting("clip_norm=null")
+    (('transition.pure', 0.3), ('loss', 'task'), ('clip_norm', None))
+    """
+    name, separator, value = text.partition("=")
+    if not separator or not name.strip():
+        raise TrainingError(f"cannot read the setting {text!r}", hint="write NAME=VALUE, as transition.pure=0.3")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value.strip()
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """One set of values from several, the later ones before the earlier; ``a.b`` is ``b`` in the table ``a``.
+
+    >>> layered({"epochs": 2, "transition": {"pure": 0.5, "groups": 3}}, {"transition.pure": 0.3})
+    {'epochs': 2, 'transition': {'pure': 0.3, 'groups': 3}}
+    """
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            table, dot, key = name.partition(".")
+            inner = {key: value} if dot else value
+            both = isinstance(found.get(table), Mapping) and isinstance(inner, Mapping)
+            found[table] = {**found[table], **inner} if both else inner
+    return found
 
 
 def read_toml(path: Path) -> dict[str, Any]:

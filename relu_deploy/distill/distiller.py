@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from calib.errors import ToolkitError, first_line
 from calib.files import atomic_path, make_folder, write_json
 from calib.progress import Progress, silent
 from relu_deploy.distill import checkpoint, loader
@@ -25,6 +27,7 @@ from relu_deploy.distill.recipes import Student, make_student, set_progress
 from relu_deploy.distill.tasks import Task, call
 from relu_deploy.errors import FileError, TrainingError
 from relu_deploy.nn.blend import finish
+from relu_deploy.nn.schedule import one_cycle
 from relu_deploy.nn.swap import SwapReport
 from relu_deploy.report import to_json
 
@@ -44,6 +47,8 @@ class DistillReport:
         resumed_from: Step of the checkpoint that this run went on from; None if it began at the beginning.
         seconds: Of this run.
         notes: What a user should know.
+        processes: How many trained together.
+        parameters: Numbers that the student learned.
     """
 
     recipe: str
@@ -56,6 +61,8 @@ class DistillReport:
     resumed_from: int | None
     seconds: float
     notes: tuple[str, ...]
+    processes: int = 1
+    parameters: int = 0
 
 
 class Distiller:
@@ -95,13 +102,23 @@ class Distiller:
         self.student: nn.Module | None = None
 
     @property
+    def samples(self) -> tuple[int, int]:
+        """Of the training and of the evaluation data."""
+        return loader.size_of(self._train, "train"), loader.size_of(self._evaluate, "evaluate")
+
+    @property
     def total(self) -> int:
         """Optimiser steps of the whole training."""
         return self._steps * self.config.epochs
 
+    def example(self, size: int) -> tuple[Any, Any]:
+        """A batch of the evaluation data, ``size`` samples or as many as there are."""
+        batch: tuple[Any, Any] = next(iter(self._batches_of_evaluation(size, 0, 1)))
+        return batch
+
     def prepare(self) -> Student:
         """The student before its first step; what ``--dry-run`` shows."""
-        example, _ = next(iter(self._batches_of_evaluation(1, 0, 1)))
+        example, _ = self.example(1)
         teacher = copy.deepcopy(self.teacher).cpu()
         with checkpoint.seeded(self.config.seed):
             return make_student(teacher, self.config, example=example, fresh=self._fresh)
@@ -124,11 +141,15 @@ class Distiller:
         if not run.accelerator.is_main_process:
             return run.train(resume=resume, progress=silent)
         with checkpoint.locked(self.out):
+            if not resume and checkpoint.existing(self.out / "checkpoints"):
+                raise FileError(f"{self.out} holds a training already", hint="resume it, or choose another folder")
             return run.train(resume=resume, progress=progress)
 
     def _batches_of_evaluation(self, size: int, rank: int, processes: int) -> Iterator[tuple[Any, Any]]:
-        yield from loader.evaluation_loader(
-            self._evaluate, size, rank=rank, processes=processes, workers=0, collate=self.task.collate
+        yield from loader.told_plainly(
+            loader.evaluation_loader(
+                self._evaluate, size, rank=rank, processes=processes, workers=0, collate=self.task.collate
+            )
         )
 
 
@@ -159,9 +180,18 @@ class _Run:
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         with checkpoint.seeded(config.seed + accelerator.process_index):
             self._begin(resume)
-            for epoch in range(self.step // self.d._steps, config.epochs):  # noqa: SLF001
-                self._epoch(epoch, progress)
-        return self._end(time.monotonic() - started)
+            with self._saying_what_is_kept():
+                for epoch in range(self.step // self.d._steps, config.epochs):  # noqa: SLF001
+                    self._epoch(epoch, progress)
+                return self._end(time.monotonic() - started)
+
+    @contextlib.contextmanager
+    def _saying_what_is_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except FileError as error:
+            kept = checkpoint.newest(self.d.out / "checkpoints")
+            raise FileError(f"{error.message}; {kept}", hint=error.hint or "make room, then resume") from error
 
     def _begin(self, resume: bool) -> None:
         folder = self.d.out / "checkpoints"
@@ -171,8 +201,6 @@ class _Run:
             "training data fingerprint": loader.fingerprint(self.d._train),  # noqa: SLF001
         }  # fmt: skip
         found = checkpoint.load_newest(folder) if resume else None
-        if not resume and checkpoint.existing(folder):
-            raise FileError(f"{self.d.out} holds a training already", hint="resume it, or choose another folder")
         if found is None:
             self.log = MetricsLog(self.d.out / "metrics.jsonl") if self.accelerator.is_main_process else None
             if self.accelerator.is_main_process:
@@ -201,7 +229,7 @@ class _Run:
         )  # fmt: skip
         self.wrapped.train()
         data = loader.train_loader(self.d._train, batches, workers=config.workers, collate=self.d.task.collate)  # noqa: SLF001
-        for inputs, target in data:
+        for inputs, target in loader.told_plainly(data):
             self._one_step(_to(inputs, self.accelerator.device), _to(target, self.accelerator.device), epoch)
             progress("distil", self.step, self.d.total)
             if config.checkpoint_steps and self.step % config.checkpoint_steps == 0 and self.step % steps:
@@ -221,11 +249,11 @@ class _Run:
     def _one_step(self, inputs: Any, target: Any, epoch: int) -> None:
         config = self.config
         share = set_progress(self.model, config, self.swap.sites if self.swap else (), self.step, self.d.total)
-        rate = config.learning_rate * _one_cycle(self.step, self.d.total)
+        rate = config.learning_rate * one_cycle(self.step, self.d.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         teacher = self.teacher if config.distils else None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), _user_code(f"step {self.step + 1} of {self.d.total} (epoch {epoch + 1})"):
             terms = self.d.task.losses(self.wrapped, teacher, inputs, target, weight=config.distill_weight)
         values = self._finite(terms, epoch)
         self.optimizer.zero_grad()
@@ -246,11 +274,9 @@ class _Run:
         values = dict(zip(terms, means, strict=True))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            kept = checkpoint.existing(self.d.out / "checkpoints")
-            state = f"the checkpoint of step {checkpoint.step_of(kept[-1])} is kept" if kept else "nothing was saved"
             raise TrainingError(
                 f"the loss {bad[0]!r} is {values[bad[0]]} at step {self.step + 1} of {self.d.total} "
-                f"(epoch {epoch + 1}); {state}",
+                f"(epoch {epoch + 1}); {checkpoint.newest(self.d.out / 'checkpoints')}",
                 hint="lower the learning rate, or look for NaN and Inf in the data",
             )
         return values
@@ -265,12 +291,23 @@ class _Run:
             for inputs, target in self.d._batches_of_evaluation(  # noqa: SLF001
                 max(1, self.config.batch_size // parts), self.accelerator.process_index, parts
             ):
-                output = call(model, _to(inputs, self.accelerator.device))
-                self.d.task.update(measures, output, _to(target, self.accelerator.device))
+                with _user_code("the evaluation"):
+                    output = call(model, _to(inputs, self.accelerator.device))
+                    self.d.task.update(measures, output, _to(target, self.accelerator.device))
         model.train(training)
-        return {name: float(value) for name, value in measures.compute().items() if value.numel() == 1}
+        found = {name: float(value) for name, value in measures.compute().items() if value.numel() == 1}
+        unknown = [name for name, value in found.items() if not math.isfinite(value)]
+        self.notes += [f"{name} was {found[name]} in an evaluation and is left out there" for name in unknown]
+        return {name: value for name, value in found.items() if name not in unknown}
 
     def _save(self) -> None:
+        # Weights are the same in every process, so all of them stop here, and no checkpoint holds what cannot go on.
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise TrainingError(
+                f"weights are not finite after step {self.step} of {self.d.total}; "
+                f"{checkpoint.newest(self.d.out / 'checkpoints')}",
+                hint="lower the learning rate, or look for NaN and Inf in the data",
+            )
         states = gather_object([checkpoint.random_state()])
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -304,7 +341,8 @@ class _Run:
             self.notes += [note] if note else []
         report = DistillReport(
             self.config.recipe, str(target), self.step, tuple(self.history), metrics, self.teacher_metrics, self.swap,
-            self.resumed_from, seconds, tuple(self.notes),
+            self.resumed_from, seconds, tuple(dict.fromkeys(self.notes)), self.accelerator.num_processes,
+            sum(p.numel() for p in student.parameters() if p.requires_grad),
         )  # fmt: skip
         if self.accelerator.is_main_process:
             write_json(self.d.out / "report.json", to_json(report))
@@ -324,16 +362,18 @@ def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [{"params": heavy, "weight_decay": decay}, {"params": light, "weight_decay": 0.0}]
 
 
-def _one_cycle(step: int, total: int) -> float:
-    """Share of the peak learning rate: linear warm-up over the first tenth, then half a cosine down to 1 %.
-
-    >>> [round(_one_cycle(step, 100), 2) for step in (0, 9, 40, 100)]
-    [0.1, 1.0, 0.75, 0.01]
-    """
-    warm = max(1, total // 10)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+@contextlib.contextmanager
+def _user_code(where: str) -> Iterator[None]:
+    """Network, loss and metrics are the user's; what they raise is told with its place, and stays the cause."""
+    try:
+        yield
+    except (ToolkitError, MemoryError):
+        raise
+    except Exception as error:
+        raise TrainingError(
+            f"{where} failed: {type(error).__name__}: {first_line(error)}",
+            hint="smaller batches need less memory" if isinstance(error, torch.OutOfMemoryError) else None,
+        ) from error
 
 
 def _to(value: Any, device: torch.device) -> Any:

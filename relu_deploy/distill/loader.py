@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from calib.errors import ToolkitError
 from relu_deploy.errors import DataError, TrainingError
 
 _LOOKED_AT = 16  # samples of a data set that its fingerprint is made of
@@ -89,6 +90,24 @@ def evaluation_loader(
     return DataLoader(
         data, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=torch.Generator().manual_seed(0)
     )
+
+
+def told_plainly(batches: DataLoader[Any]) -> Iterator[Any]:
+    """The batches; what goes wrong with one is told in a line, without the traceback of the process that loads it.
+
+    Raises:
+        DataError: a sample cannot be had, samples do not fit together, or a loading process was killed.
+    """
+    try:
+        yield from batches
+    except ToolkitError as error:
+        told = error.message.strip().splitlines()
+        if len(told) == 1:
+            raise
+        raise DataError(told[-1].partition(": ")[2] or told[-1], hint=error.hint) from error
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise DataError(f"the samples of a batch cannot be put together: {reason[:400]}") from error
 
 
 def size_of(data: Dataset[Any], name: str) -> int:

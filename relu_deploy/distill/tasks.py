@@ -242,7 +242,7 @@ class DetectionTask:
 
 
 def make_task(name: str, classes: int | None) -> Task:
-    """The task of a name where labels are all it needs.
+    """The task of a name where labels are all it needs; tokens with the label -100 do not count, as in torch.
 
     Raises:
         TrainingError: detection, which needs functions for its loss and boxes.
@@ -253,8 +253,8 @@ def make_task(name: str, classes: int | None) -> Task:
             hint="return a DetectionTask as the third value of the data function, or give task=",
         )
     if classes is None:
-        raise TrainingError("the number of classes is not known", hint="--classes")
-    return LanguageTask(classes) if name == "language" else ClassificationTask(classes)
+        raise TrainingError("the number of classes is not known", hint="make the task yourself")
+    return LanguageTask(classes, ignore_index=-100) if name == "language" else ClassificationTask(classes)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

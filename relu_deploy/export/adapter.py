@@ -83,6 +83,13 @@ def adapt(model: nn.Module, names: Sequence[str]) -> Adapter:
     return Adapter(model, names if by_name else None)
 
 
+def input_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """Names for inputs that are passed by position: those of the parameters of ``forward``, where they can be told."""
+    parameters = _parameters(model)
+    known = [parameter.name for parameter in parameters or ()][:count]
+    return (*known, *(f"input_{i}" for i in range(len(known), count)))
+
+
 def describe_outputs(result: Any, taken: Sequence[str]) -> Outputs:
     """Name the tensors of a result by where they stand: a key of a dict, ``output`` alone, ``output_0`` in a tuple.
 

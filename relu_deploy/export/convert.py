@@ -54,7 +54,7 @@ def convert(
             model = run(adapter, tuple(example), list(names), list(outputs), dynamic, opset_version)
         except Exception as error:  # an exporter raises whatever it or the traced model stumbles over
             raise ExportError(
-                f"torch's {exporter} exporter failed on {type(adapter.model).__name__}: {_cause(error)}",
+                f"torch's {exporter} exporter failed on {type(adapter.model).__name__}: {cause(error)}",
                 hint=_advice(error, exporter),
             ) from error
     if opset(model) != opset_version:
@@ -201,7 +201,7 @@ def _renamed(expression: str, named: Mapping[str, str]) -> str:
     return re.sub(r"[A-Za-z_]\w*", lambda match: named.get(match[0], match[0]), expression)
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The first lines of the innermost error: the outer ones only say that exporting failed."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -6,15 +6,13 @@ are data and are only read.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-from calib.errors import FileError, MissingExtraError, ToolkitError
+from calib.errors import MissingExtraError
 from relu_deploy.errors import ExportError
+from relu_deploy.user_code import call_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,67 +75,7 @@ def require_torch() -> None:
 def _call(spec: str) -> nn.Module:
     from torch import nn
 
-    where, separator, name = spec.rpartition(":")
-    if not separator or not where or not name.isidentifier():
-        raise ExportError(f"cannot read the model {spec!r}", hint=f"write {_FORMS}")
-    module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-    made = getattr(module, name, None)
-    if made is None:
-        raise ExportError(f"{where} has no {name!r}", hint=_similar(module))
-    if callable(made) and not isinstance(made, nn.Module):
-        try:
-            made = made()
-        except ToolkitError:
-            raise
-        except Exception as error:  # the user's function may raise anything; it is their mistake to mend
-            raise ExportError(
-                f"{spec} failed: {type(error).__name__}: {error}", hint="it is called without arguments"
-            ) from error
+    made = call_named(spec, what="model", wanted=nn.Module, forms=_FORMS, error=ExportError)
     if not isinstance(made, nn.Module):
         raise ExportError(f"{spec} gave a {type(made).__name__}, not a torch.nn.Module", hint="return the model itself")
     return made
-
-
-def _import_module(name: str) -> ModuleType:
-    """Import a module by name; the current folder is searched first, as ``python -m`` does."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or name
-        if name == missing or name.startswith(f"{missing}."):
-            raise ExportError(f"there is no module {name!r}", hint=f"write {_FORMS}") from error
-        raise ExportError(f"{name} needs the module {missing!r}, which is not installed") from error
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise ExportError(f"importing {name} failed: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(here)
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Run a Python file as a module, with its own folder importable as a script's is."""
-    if not path.is_file():
-        raise FileError(f"cannot read {path}: it does not exist")
-    # A name of its own: a file called torch.py or model.py must not take the place of a module of that name.
-    spec = importlib.util.spec_from_file_location(f"_relu_deploy_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ExportError(f"{path} cannot be imported as Python")
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    sys.modules[spec.name] = module  # dataclasses look their own module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises while it runs
-        del sys.modules[spec.name]
-        raise ExportError(f"running {path} failed: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(folder)
-    return module
-
-
-def _similar(module: ModuleType) -> str:
-    names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-    own = [name for name in names if getattr(vars(module)[name], "__module__", None) == module.__name__]
-    return f"it has {', '.join(own[:8])}" if own else "it defines no functions or classes"

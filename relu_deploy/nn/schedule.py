@@ -1,4 +1,4 @@
-"""How far a student is on its way to ReLU: pure functions of the number of optimiser steps taken.
+"""Learning rate, and how far a student is on its way to ReLU: pure functions of the number of optimiser steps taken.
 
 ``step`` counts the steps that were taken, 0 before the first, and ``total`` those of the whole training, so that a
 resumed training needs nothing but its step to go on.
@@ -6,11 +6,25 @@ resumed training needs nothing but its step to go on.
 
 from __future__ import annotations
 
+import math
+
 from relu_deploy.errors import TrainingError
 
 # PEA compared final phases of 5 and 30 of 120 epochs, and the longer one did better in most rows of its tables 2 and 3.
 PURE_SHARE = 0.25
 SAT_LEVELS = 10
+
+
+def one_cycle(step: int, total: int) -> float:
+    """Share of the peak learning rate: linear warm-up over the first tenth, then half a cosine down to 1 %.
+
+    >>> [round(one_cycle(step, 100), 2) for step in (0, 9, 40, 100)]
+    [0.1, 1.0, 0.75, 0.01]
+    """
+    warm = max(1, total // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
 
 
 def sat_gamma(step: int, total: int, *, pure: float = PURE_SHARE, levels: int | None = SAT_LEVELS) -> float:
