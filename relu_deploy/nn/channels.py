@@ -92,6 +92,21 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> Tens
     return mapped
 
 
+def hidden_width(channels: int, reduction: int) -> int:
+    """Width of the layer between two that squeeze and excite: ``channels // reduction``, but at least 4 if C is.
+
+    Papers do not say what happens to narrow layers. One unit, or two, with a ReLU behind them are dead at the start for
+    every input about as often as not, since means over positions are small beside a bias; then nothing is dynamic.
+
+    Raises:
+        TrainingError: ``reduction`` is less than 1.
+
+    >>> hidden_width(64, 8), hidden_width(16, 8), hidden_width(2, 8)
+    (8, 4, 2)
+    """
+    return max(channels // check_count(reduction, "reduction"), min(channels, 4))
+
+
 def check_count(value: int, name: str, *, low: int = 1) -> int:
     """``value``, if it is a whole number of at least ``low``.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # the name torch's own documentation uses
 
 from relu_deploy.errors import TrainingError
-from relu_deploy.nn.channels import along, cast, check_count, find_axis, pool, spread
+from relu_deploy.nn.channels import along, cast, check_count, find_axis, hidden_width, pool, spread
 
 FIT_BOUND = 3.0
 """A PAU starts as its target on [-3, 3], in units of the input."""
@@ -175,7 +175,8 @@ class SEReLU(nn.Module):
     Pools as :class:`~relu_deploy.nn.dynamic.DyReLU` does, with the same two consequences for transformers. The gate
     starts near 1/2. ``reduction`` 8 is the one of DY-ReLU's table 6 (2.1 M parameters); the paper of SE uses 16.
 
-    Parameters (C = ``channels``, J = max(C // ``reduction``, 1)): ``squeeze`` (J, C) and (J,), ``excite`` (C, J), (C,).
+    Parameters (C = ``channels``, J from :func:`~relu_deploy.nn.channels.hidden_width`): ``squeeze`` (J, C) and (J,),
+    ``excite`` (C, J) and (C,).
 
     Args:
         channels: C.
@@ -196,7 +197,7 @@ class SEReLU(nn.Module):
         super().__init__()
         self.channels = check_count(channels, "channels of SE+ReLU")
         self.channel_axis = channel_axis
-        hidden = max(channels // check_count(reduction, "reduction of SE+ReLU"), 1)
+        hidden = hidden_width(channels, reduction)
         self.squeeze = nn.Linear(channels, hidden)
         self.excite = nn.Linear(hidden, channels)
 

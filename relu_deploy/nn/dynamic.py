@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # the name torch's own documentation uses
 
 from relu_deploy.errors import TrainingError
-from relu_deploy.nn.channels import cast, check_count, find_axis, pointwise, pool, spread
+from relu_deploy.nn.channels import cast, check_count, find_axis, hidden_width, pointwise, pool, spread
 
 Variant = Literal["A", "B", "C"]
 
@@ -49,7 +49,7 @@ class DyReLU(nn.Module):
     The output has the shape and dtype of ``x``. Half-precision input, as under ``torch.autocast``, gets ``a`` and ``b``
     rounded to its precision.
 
-    Parameters (C = ``channels``, K = ``pieces``, J = max(C // ``reduction``, 1)): ``squeeze`` (J, C) and (J,);
+    Parameters (C = ``channels``, K = ``pieces``, J from :func:`hidden_width`): ``squeeze`` (J, C) and (J,);
     ``excite`` (2 K, J) or (2 K C, J) and its bias, rows in the order of the paper's eq. 2: a of the first function for
     every channel, of the second, ..., then b; ``attention`` (1, C), of C only and without a bias, which a softmax would
     not feel.
@@ -88,12 +88,11 @@ class DyReLU(nn.Module):
             raise TrainingError(f"there is no DY-ReLU {variant!r}", hint="A, B or C")
         check_count(channels, "channels of DY-ReLU")
         check_count(pieces, "pieces of DY-ReLU")
-        check_count(reduction, "reduction of DY-ReLU")
         if not (math.isfinite(lambda_a) and math.isfinite(lambda_b) and min(lambda_a, lambda_b) >= 0):
             raise TrainingError(f"ranges of DY-ReLU are {lambda_a} and {lambda_b}", hint="the paper uses 1.0 and 0.5")
         self.channels, self.variant, self.pieces, self.channel_axis = channels, variant, pieces, channel_axis
         self.lambda_a, self.lambda_b = lambda_a, lambda_b
-        hidden = max(channels // reduction, 1)
+        hidden = hidden_width(channels, reduction)
         self.squeeze = nn.Linear(channels, hidden)
         # How many functions a sample has.
         self._sets = 1 if variant == "A" else channels
