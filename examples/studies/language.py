@@ -56,7 +56,7 @@ from relu_deploy.export import ExampleInput
 
 INPUTS = ("input_ids", "attention_mask")
 WIDTH, LAYERS, HEADS, DROPOUT, DEVIATION = 64, 2, 4, 0.1, 0.05
-EPOCHS, BATCH, LEARNING_RATE, CALIBRATION = 3, 64, 1e-3, 256
+EPOCHS, BATCH, LEARNING_RATE, CALIBRATION = 2, 64, 1e-3, 256
 SMOKE = 512  # sentences of each part
 
 # Name in the table: recipe, activation at the end, where the weights come from, loss.
@@ -165,6 +165,7 @@ def train(job: Job, folder: Path) -> Values:
             recipe=settings["recipe"], weights=settings["weights"], loss=settings["loss"], task="language",
             epochs=1 if job.smoke else settings["epochs"], batch_size=BATCH, learning_rate=settings["learning_rate"],
             seed=settings["seed"],
+            evaluate_epochs=settings["epochs"],
         ),
         out=folder / "training",
         task=LanguageTask(2),

@@ -25,7 +25,7 @@ from relu_deploy.errors import DataError
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 DOWNLOAD = "pip download --no-deps --no-binary :all: --dest {folder} vaderSentiment==3.3.2"
 SPECIAL = PAD, CLS, SEP = "[PAD]", "[CLS]", "[SEP]"
-LENGTH, VOCABULARY = 40, 8000
+LENGTH, VOCABULARY = 32, 8000
 NEUTRAL = 0.5  # of ratings from -4 to 4: between -0.5 and 0.5 the raters saw no sentiment, or did not agree
 
 Split = Literal["train", "validation", "test"]
@@ -68,7 +68,7 @@ class Sentence:
 
 
 def load_sentences(archive: Path) -> list[Sentence]:
-    """All sentences with a sentiment, no two alike, in the order of the files' names.
+    """All sentences with a sentiment, no two alike, the sources mixed.
 
     Raises:
         DataError: the archive is missing or damaged.
@@ -86,11 +86,15 @@ def load_sentences(archive: Path) -> list[Sentence]:
 
 
 def select(sentences: Iterable[Sentence]) -> list[Sentence]:
-    """Drop those without a sentiment, and of those that read alike all but the first."""
+    """Drop those without a sentiment, and of those that read alike all but the first; mix what is left.
+
+    The order is that of a hash, so that the first few are from all sources: calibration takes the first few.
+    """
     first: dict[str, Sentence] = {}
     for sentence in sentences:
         first.setdefault(sentence.key, sentence)
-    return [sentence for key, sentence in first.items() if key and abs(sentence.rating) > NEUTRAL]
+    kept = {key: sentence for key, sentence in first.items() if key and abs(sentence.rating) > NEUTRAL}
+    return [kept[key] for key in sorted(kept, key=lambda key: hashlib.sha256(key.encode()).digest())]
 
 
 def train_tokenizer(texts: Sequence[str], *, size: int = VOCABULARY, length: int = LENGTH) -> Tokenizer:

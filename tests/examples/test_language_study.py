@@ -55,12 +55,13 @@ def packed(files: dict[str, bytes]) -> bytes:
 
 def test_labels_follow_ratings_and_neutral_or_repeated_sentences_are_left_out(language, archive):
     found = language.load_sentences(archive)
-    assert [(sentence.text, sentence.label) for sentence in found] == [
-        ("Dull and long", 0),
-        ("Almost good", 1),
-        ("Such a lovely day &amp; night", 1),
-        ("I hate it", 0),
-    ]
+    assert len(found) == 4
+    assert {sentence.text: sentence.label for sentence in found} == {
+        "Dull and long": 0,
+        "Almost good": 1,
+        "Such a lovely day &amp; night": 1,
+        "I hate it": 0,
+    }
 
 
 def test_a_missing_archive_is_named_with_the_command_that_gets_it(language, tmp_path):
@@ -90,6 +91,7 @@ def test_no_sentence_and_no_text_lies_in_two_parts(language):
     for value in ("group", "key"):
         kinds = [{getattr(sentence, value) for sentence in part} for part in parts.values()]
         assert len(set.union(*kinds)) == sum(map(len, kinds))
+    assert sentences == language.select(sentences)
     assert 0.15 < len(parts["test"]) / 3000 < 0.25
     assert 0.05 < len(parts["validation"]) / 3000 < 0.15
 
