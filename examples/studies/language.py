@@ -205,12 +205,10 @@ def make_network(seed: int) -> nn.Module:
 
 def accuracy_and_f1(engine: Path, data: Encoded) -> Values:
     """Of an engine's answers, in percent; F1 is the mean over both classes."""
-    from sklearn.metrics import f1_score
-
     (logits,) = engine_outputs(engine, data.arrays()).values()
-    found, labels = logits.argmax(axis=-1), data.labels.numpy()
-    f1 = f1_score(labels, found, average="macro", zero_division=0.0)
-    return {"accuracy": 100 * float(np.mean(found == labels)), "f1": 100 * float(f1)}
+    measures = LanguageTask(2).measures()
+    measures.update(torch.from_numpy(logits), data.labels)
+    return {name: 100 * float(value) for name, value in measures.compute().items()}
 
 
 def page(

@@ -30,6 +30,14 @@ def language(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def study(language: ModuleType) -> ModuleType:
+    """The study itself."""
+    for package in ("accelerate", "onnxscript", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'relu-deploy[all,dev]'")
+    return importlib.import_module("language")
+
+
+@pytest.fixture
 def archive(tmp_path: Path, language: ModuleType) -> Path:
     """A source package of the real one's layout, with seven made-up sentences."""
     tables = {
@@ -119,3 +127,37 @@ def test_sentences_become_ids_of_one_length(language):
     assert long[7] == sep
     assert encoded["attention_mask"].tolist() == [[1] * 7 + [0], [1] * 8]
     assert tokenizer.decode(short).split() == ["Ġa", "Ġgood", "Ġ&", "Ġbad", "Ġfilm"]
+
+
+def test_the_study_stops_with_the_command_that_gets_the_data(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["language.py", "-o", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"pip download .* vaderSentiment==3\.3\.2"):
+        study.main()
+
+
+def test_every_row_knows_its_teacher_and_the_data_it_was_trained_on(study, archive, tmp_path):
+    options = study.Options(tmp_path, 1, 1, 1.0, smoke=True)
+    data, counts = study.prepare(tmp_path)
+    assert sum(counts.values()) == 4
+    first = {row: study.job_of(row, 0, data, options) for row in study.ROWS}
+    assert len({job.name for job in first.values()}) == len(study.ROWS)
+    teacher = str(tmp_path / "jobs" / first["B"].name)
+    assert {job.settings["teacher"] for row, job in first.items() if row != "B"} == {teacher}
+    study.prepare(tmp_path)
+    assert study.job_of("B", 0, data, options) == first["B"]
+
+
+def test_the_page_says_what_became_of_the_papers_claims(study, tmp_path):
+    options = study.Options(tmp_path, 2, 1, 1.0, smoke=False)
+    layers = {"int8_layers": 14.0, "layers": 18.0}
+    results = {
+        study.job_name(row, seed): {"fp32": 80.0 + seed + i, "int8": 79.0, "f1": 79.5, **layers}
+        for i, row in enumerate(study.ROWS)
+        for seed in range(2)
+    }
+    speeds = {"GELU": study.Speed(1000.0, "QPS", "1"), "ReLU": study.Speed(1100.0, "QPS", "1.10 [1.05, 1.15]")}
+    counts = {"train": 7, "validation": 1, "test": 2}
+    text = "\n".join(study.page(results, speeds, ["busy"], counts, options))
+    assert "no worse than the GELU original: so here, +2.0 ± 0.0" in text
+    assert "about as well as the original's: not so here, B+KD is +1.0 from KD" in text
+    assert "14 of 18" in text
