@@ -9,7 +9,6 @@ of several steps to bfloat16 would cost more than the function's own curvature.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +130,9 @@ class HeLU(nn.Module):
         """Elementwise."""
         if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
             return F.relu(x)
-        y: Tensor = _Hysteresis.apply(x, self.alpha)  # type: ignore[no-untyped-call]  # torch's own signature
-        return y
+        # x - x has the value 0 and the gradient 1; where the branch is not taken (infinities), neither counts.
+        passing = (x > -self.alpha) & (x <= 0)
+        return F.relu(x) + torch.where(passing, x - x.detach(), 0.0)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -204,22 +204,6 @@ class SAU(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"slope={self.slope:g}, beta={self.beta:g}"
-
-
-class _Hysteresis(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, alpha: float) -> Tensor:  # noqa: ARG004  # of the backward pass
-        return F.relu(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004  # torch's signature
-        x, ctx.alpha = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return torch.where(x > -ctx.alpha, grad, 0), None
 
 
 def _wide(x: Tensor) -> Tensor:
