@@ -154,8 +154,9 @@ class APL(nn.Module):
         """Apply the unit; shape and dtype of ``x``."""
         axis = find_axis(x, self.channels, self.channel_axis, "APL")
         y = F.relu(x)
-        for slope, hinge in zip(cast(self.slopes, x.dtype).unbind(), cast(self.hinges, x.dtype).unbind(), strict=True):
-            y = y + along(slope, x, axis) * F.relu(along(hinge, x, axis) - x)
+        for s in range(self.hinges.shape[0]):  # not unbind: exporters fold an index of a constant, but not a split
+            slope, hinge = (along(cast(p[s], x.dtype), x, axis) for p in (self.slopes, self.hinges))
+            y = y + slope * F.relu(hinge - x)
         return y
 
     def extra_repr(self) -> str:

@@ -59,7 +59,7 @@ class PAU(nn.Module):
 
     def reset_parameters(self) -> None:
         """Back to the LeakyReLU of the start."""
-        numerator, denominator = fit_pau(len(self.numerator) - 1, len(self.denominator), self.slope)
+        numerator, denominator = fit_pau(self.numerator.shape[0] - 1, self.denominator.shape[0], self.slope)
         with torch.no_grad():
             self.numerator.copy_(torch.tensor(numerator).unsqueeze(1))
             self.denominator.copy_(torch.tensor(denominator).unsqueeze(1))
@@ -215,8 +215,7 @@ class SEReLU(nn.Module):
 
 def _horner(x: Tensor, coefficients: Tensor, axis: int) -> Tensor:
     """``c_0 + c_1 x + c_2 x^2 + ...`` for coefficients (degree + 1, C)."""
-    *lower, highest = coefficients.unbind(0)
-    y = along(highest, x, axis)
-    for coefficient in reversed(lower):
-        y = y * x + along(coefficient, x, axis)
+    y = along(coefficients[-1], x, axis)
+    for power in reversed(range(coefficients.shape[0] - 1)):
+        y = y * x + along(coefficients[power], x, axis)
     return y
