@@ -168,6 +168,8 @@ def _files(report: DemoReport) -> list[tuple[str, str]]:
         title = f"the {network.activation} {network.name}"
         files += [
             (f"{network.name}.safetensors", f"weights of {title}, as trained ({network.recipe})"),
+            (f"{network.name}.metrics.jsonl", f"loss and metrics of {title} while it was trained"),
+            (f"{network.name}.training.png", "the same as a plot"),
             (f"{network.name}.onnx", f"{title}, exported from torch with a dynamic batch"),
         ]
     for name, built in report.builds.items():

@@ -33,7 +33,7 @@ SM = "89"  # an RTX 4090, the card of the paper's tables
 # Bytes are read off the plan at the shape the engine is made fastest for.
 SHAPES = {INPUT: ShapeRange((1, 1, 32, 32), (1, 1, 32, 32), (64, 1, 32, 32))}
 CALIBRATION_IMAGES = 256
-NEEDED = ("torch", "onnxscript", "safetensors", "sklearn", "jinja2")
+NEEDED = ("torch", "accelerate", "torchmetrics", "onnxscript", "safetensors", "sklearn", "jinja2", "matplotlib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +127,8 @@ def _train_and_export(folder: Path, digits: Digits, *, seed: int, progress: Prog
 
     teacher_config = dataclasses.replace(train.TEACHER, seed=seed)
     student_config = dataclasses.replace(train.STUDENT, seed=seed)
-    original = train.train_teacher(digits, config=teacher_config, progress=progress)
-    student = train.distil_student(original.model, digits, config=student_config, progress=progress)
+    original = train.train_teacher(digits, config=teacher_config, keep=folder, progress=progress)
+    student = train.distil_student(original.model, digits, config=student_config, keep=folder, progress=progress)
     for name, trained in (("original", original), ("student", student)):
         train.save_weights(trained.model, folder / f"{name}.safetensors")
         _export(trained, folder / f"{name}.onnx", progress)

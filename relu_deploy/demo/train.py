@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from calib.errors import MissingExtraError
 from calib.files import atomic_path
 from calib.progress import Progress, silent
-from relu_deploy.demo.data import Digits
+from relu_deploy.demo.data import CLASSES, Digits, load_digits
 from relu_deploy.demo.network import build_network
-from relu_deploy.distill.trainer import (
-    Objective,
-    TrainConfig,
-    TrainReport,
-    accuracy,
-    cross_entropy,
-    fit,
-    hard_label_objective,
-)
-from relu_deploy.nn.swap import SwapReport, relu, replace_activations
+from relu_deploy.distill.config import DistillConfig
+from relu_deploy.distill.distiller import Distiller, DistillReport
+from relu_deploy.distill.tasks import ClassificationTask
 
-TEACHER = TrainConfig(epochs=4)
+TEACHER = DistillConfig(recipe="B", epochs=4, learning_rate=3e-3, channels_last=True, evaluate_epochs=4)
 # The student starts where the teacher ended: fewer passes at a lower rate, so that it is repaired, not trained anew.
-STUDENT = TrainConfig(epochs=2, learning_rate=1e-3)
+STUDENT = DistillConfig(recipe="B+KD", epochs=2, learning_rate=1e-3, channels_last=True, evaluate_epochs=2)
+KEPT = ("metrics.jsonl", "training.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,50 +32,54 @@ class Trained:
     Attributes:
         model: In evaluation mode, on the CPU.
         accuracy: Share of the held-out test images classified right.
-        training: What the training run did.
-        swap: Which activations were replaced; None for a teacher.
+        training: What the training did.
     """
 
     model: nn.Module
     accuracy: float
-    training: TrainReport
-    swap: SwapReport | None = None
+    training: DistillReport
 
 
 def train_teacher(
-    digits: Digits, *, activation: str = "silu", config: TrainConfig = TEACHER, progress: Progress = silent
-) -> Trained:
+    digits: Digits, *, activation: str = "silu", config: DistillConfig = TEACHER, keep: Path | None = None,
+    progress: Progress = silent,
+) -> Trained:  # fmt: skip
     """Train the demo's network from random weights with cross entropy.
 
     Args:
         digits: Trains on the training part; the test part is only measured.
         activation: The smooth activation, as :func:`build_network` takes it.
         config: How to train; its seed also decides the first weights.
+        keep: Metrics and plot are written here, as ``original.metrics.jsonl`` and ``original.training.png``.
         progress: Told after every step, as "train teacher".
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_network(activation)
-    training = _fit(model, digits, cross_entropy, config, "train teacher", progress)
-    return Trained(model, _test_accuracy(model, digits), training)
+    return _train(model, digits, config, "train teacher", keep and keep / "original", progress)
 
 
 def distil_student(
-    teacher: nn.Module, digits: Digits, *, config: TrainConfig = STUDENT, progress: Progress = silent
-) -> Trained:
+    teacher: nn.Module, digits: Digits, *, config: DistillConfig = STUDENT, keep: Path | None = None,
+    progress: Progress = silent,
+) -> Trained:  # fmt: skip
     """Replace the teacher's smooth activations by ReLU and repair the copy with hard-label distillation (eq. 3).
 
     Recipe B+KD of "ReLU for inference acceleration": the student starts from the teacher's weights.
 
     Args:
-        teacher: Left as it is, in evaluation mode.
+        teacher: Left as it is.
         digits: As for :func:`train_teacher`.
         config: How to train.
+        keep: As for :func:`train_teacher`; the names begin with ``student``.
         progress: Told after every step, as "distil student".
     """
-    student, swap = replace_activations(teacher, relu)
-    training = _fit(student, digits, hard_label_objective(teacher), config, "distil student", progress)
-    return Trained(student, _test_accuracy(student, digits), training, swap)
+    return _train(teacher, digits, config, "distil student", keep and keep / "student", progress)
+
+
+def data_sets() -> tuple[TensorDataset, TensorDataset]:
+    """The demo's data for ``relu-deploy distill``: what trains, what measures."""
+    return _sets(load_digits())
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -98,20 +98,26 @@ def save_weights(model: nn.Module, path: Path) -> None:
         temporary.write_bytes(data)
 
 
-def _fit(
-    model: nn.Module, digits: Digits, objective: Objective, config: TrainConfig, what: str, progress: Progress
-) -> TrainReport:
-    """Train on the training part, in channels-last, which is faster on CPUs; then back to the usual layout."""
-    images, labels = _tensors(digits.train_images, digits.train_labels)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    training = fit(model, images, labels, objective=objective, config=config, what=what, progress=progress)
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return training
+def _train(
+    model: nn.Module, digits: Digits, config: DistillConfig, what: str, keep: Path | None, progress: Progress
+) -> Trained:
+    """Train in a folder of its own; checkpoints of a few seconds are of no use to anyone."""
+    train, test = _sets(digits)
+    with tempfile.TemporaryDirectory() as folder:
+        distiller = Distiller(
+            model, train=train, evaluate=test, config=config, out=Path(folder), task=ClassificationTask(CLASSES)
+        )
+        report = distiller.run(progress=lambda _, done, total: progress(what, done, total))
+        if keep is not None:
+            for name in KEPT:
+                with atomic_path(keep.with_name(f"{keep.name}.{name}")) as temporary:
+                    temporary.write_bytes((Path(folder) / name).read_bytes())
+    if distiller.student is None:
+        raise RuntimeError("a training that ended has a student")
+    return Trained(distiller.student, report.metrics["accuracy"], report)
 
 
-def _test_accuracy(model: nn.Module, digits: Digits) -> float:
-    return accuracy(model, *_tensors(digits.test_images, digits.test_labels))
-
-
-def _tensors(images: object, labels: object) -> tuple[Tensor, Tensor]:
-    return torch.as_tensor(images), torch.as_tensor(labels)
+def _sets(digits: Digits) -> tuple[TensorDataset, TensorDataset]:
+    parts = ((digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels))
+    train, test = (TensorDataset(torch.as_tensor(images), torch.as_tensor(labels)) for images, labels in parts)
+    return train, test

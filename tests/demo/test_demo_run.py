@@ -33,7 +33,8 @@ def small_networks(folder, digits, *, seed, progress):
         model = onnx.parser.parse_model(text)
         model.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in values.items())
         onnx.save(model, folder / f"{name}.onnx")
-        (folder / f"{name}.safetensors").write_bytes(b"")
+        for end in ("safetensors", "metrics.jsonl", "training.png"):
+            (folder / f"{name}.{end}").write_bytes(b"")
     return Network("original", "B", "SiLU", 0.1), Network("student", "B+KD", "ReLU", 0.1)
 
 

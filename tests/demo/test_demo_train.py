@@ -8,7 +8,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 from relu_deploy.demo.data import Digits, enlarge, load_digits  # noqa: E402
 from relu_deploy.demo.network import ACTIVATIONS, build_network, build_relu_network  # noqa: E402
 from relu_deploy.demo.train import distil_student, save_weights, train_teacher  # noqa: E402
-from relu_deploy.distill.trainer import TrainConfig  # noqa: E402
+from relu_deploy.distill.config import DistillConfig  # noqa: E402
 from relu_deploy.errors import MissingExtraError, TrainingError  # noqa: E402
 from relu_deploy.export.weights import load_weights  # noqa: E402
 
@@ -72,15 +72,18 @@ def test_a_short_run_learns_and_the_student_keeps_the_shape(tmp_path):
     """A dozen steps: far from the demo's accuracy, but the loss falls, and the student starts where the teacher was."""
     whole = load_digits()
     digits = Digits(whole.train_images[:192], whole.train_labels[:192], whole.test_images[:64], whole.test_labels[:64])
-    teacher = train_teacher(digits, config=TrainConfig(epochs=2, batch_size=32))
-    assert teacher.training.losses[1] < teacher.training.losses[0]
+    config = DistillConfig(recipe="B", epochs=2, batch_size=32, learning_rate=3e-3)
+    teacher = train_teacher(digits, config=config, keep=tmp_path)
+    losses = [epoch["losses"]["task"] for epoch in teacher.training.epochs]
+    assert losses[1] < losses[0]
     weights = [tensor.clone() for tensor in teacher.model.state_dict().values()]
-    student = distil_student(teacher.model, digits, config=TrainConfig(epochs=1, batch_size=32))
-    assert student.training.losses[0] < teacher.training.losses[0]
+    student = distil_student(teacher.model, digits, config=DistillConfig(epochs=1, batch_size=32))
+    assert student.training.epochs[0]["losses"]["distill"] < losses[0]
     assert 0 <= student.accuracy <= 1
     assert all(torch.equal(a, b) for a, b in zip(weights, teacher.model.state_dict().values(), strict=True))
-    assert student.swap is not None
-    assert {r.old for r in student.swap.replaced} == {"SiLU"}
+    assert student.training.swap is not None
+    assert {r.old for r in student.training.swap.replaced} == {"SiLU"}
+    assert {path.name for path in tmp_path.iterdir()} == {"original.metrics.jsonl", "original.training.png"}
     save_weights(student.model, tmp_path / "student.safetensors")
     copy = build_relu_network().eval()
     load_weights(copy, tmp_path / "student.safetensors")
