@@ -222,7 +222,8 @@ def page(
     names = {row: [job_name(row, seed) for seed in range(options.seeds)] for row in ROWS}
     setting = (
         f"BERT with {LAYERS} layers of width {WIDTH} and {HEADS} heads, {LENGTH} tokens, {VOCABULARY} entries of "
-        f"vocabulary, trained from random weights for {EPOCHS} epochs; students for as many again. Task: is a sentence "
+        f"vocabulary, trained from random weights for {EPOCHS} epochs, without the pre-training that the paper's had; "
+        "students are trained for as many epochs. Task: is a sentence "
         f"positive or negative? Tweets, film reviews, product reviews and editorials with ratings beyond ±{NEUTRAL}: "
         f"{counts['train']} to train, {counts['validation']} to choose settings and to calibrate, {counts['test']} to "
         "test; no sentence and no text lies in two parts."
