@@ -37,7 +37,8 @@ class EpochBatches(Sampler[list[int]]):
     ) -> None:
         self.steps = steps_an_epoch(size, batch_size, processes)
         self._size, self._batch, self._first = size, batch_size, first
-        self._seed, self._rank, self._processes = seed * 1_000_003 + epoch, rank, processes
+        self._order, self._rank, self._processes = seed * 1_000_003 + epoch, rank, processes
+        self.seed = self._order * 4099 + rank
 
     def __len__(self) -> int:
         """Batches that are left."""
@@ -45,7 +46,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Indices of samples."""
-        order = torch.randperm(self._size, generator=torch.Generator().manual_seed(self._seed)).tolist()
+        order = torch.randperm(self._size, generator=torch.Generator().manual_seed(self._order)).tolist()
         for i in range(self._first, self.steps):
             yield order[i * self._batch : (i + 1) * self._batch][self._rank :: self._processes]
 
@@ -71,7 +72,7 @@ def train_loader(
     data: Dataset[Any], batches: EpochBatches, *, workers: int, collate: Callable[[list[Any]], Any] | None
 ) -> DataLoader[Any]:
     """A loader that draws nothing from torch's global generator, whose state belongs to the model."""
-    generator = torch.Generator().manual_seed(0)  # of the workers' seeds
+    generator = torch.Generator().manual_seed(batches.seed)  # of the workers' seeds: other draws in each epoch
     return DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=generator)
 
 

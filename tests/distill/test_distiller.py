@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,17 @@ def test_a_configuration_survives_json_and_refuses_unknown_keys():
         from_dict({"learning_rte": 1e-3})
     with pytest.raises(TrainingError, match="epochs = 0"):
         DistillConfig(epochs=0)
+
+
+def test_the_documentation_has_every_setting_with_its_default():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    text = (Path(__file__).parents[2] / "docs" / "students.md").read_text()
+    told = tomllib.loads(text.partition("```toml\n")[2].partition("```")[0])
+    config = to_dict(DistillConfig())
+    assert told.pop("clip_norm") == 1.0  # TOML has no null, which is the default
+    config.pop("clip_norm")
+    assert told.pop("transition") == pytest.approx(config.pop("transition"), abs=1e-6)
+    assert told == config
 
 
 def test_two_processes_train_what_one_does(tmp_path):

@@ -8,7 +8,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 from torch import nn  # noqa: E402
 
 from relu_deploy.errors import TrainingError  # noqa: E402
-from relu_deploy.nn.blend import Blend, set_gamma  # noqa: E402
+from relu_deploy.nn.blend import Blend, StochasticBlend, finish, set_gamma  # noqa: E402
+from relu_deploy.nn.swap import relu, replace_activations  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -72,3 +73,77 @@ def test_gamma_outside_the_unit_interval_is_refused(gamma):
         with pytest.raises(TrainingError, match=r"must lie in \[0, 1\]"):
             call()
     assert float(blend.gamma) == 0.5
+
+
+@pytest.mark.parametrize(("gamma", "function"), [(1.0, nn.functional.silu), (0.0, torch.relu)])
+def test_a_stochastic_blend_is_exact_at_both_ends(gamma, function):
+    blend = StochasticBlend(nn.SiLU(), gamma=gamma)
+    for _ in range(20):
+        assert torch.equal(blend(X), function(X))
+    assert torch.equal(blend.eval()(X), function(X))
+
+
+def test_a_stochastic_blend_draws_once_a_call_with_probability_gamma():
+    blend = StochasticBlend(nn.SiLU(), gamma=0.3)
+    ends = nn.functional.silu(X), torch.relu(X)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [blend(X) for _ in range(2000)]
+    assert all(torch.equal(y, ends[0]) or torch.equal(y, ends[1]) for y in drawn)
+    smooth = sum(torch.equal(y, ends[0]) for y in drawn) / len(drawn)
+    assert abs(smooth - 0.3) < 0.04  # four standard deviations of 2000 draws
+
+
+def test_a_stochastic_blend_in_evaluation_is_the_expectation_and_draws_nothing():
+    blend = StochasticBlend(nn.SiLU(), gamma=0.3).eval()
+    before = torch.get_rng_state()
+    assert torch.equal(blend(X), Blend(nn.SiLU(), gamma=0.3)(X))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = Blend(nn.SiLU(), gamma=0.0)
+        self.layers = nn.ModuleList([nn.Linear(4, 4), self.act, nn.ModuleList([Blend(nn.GELU(), gamma=0.0)])])
+
+    def forward(self, x):
+        return self.layers[2][0](self.layers[0](self.act(x)))
+
+
+def test_finish_reaches_lists_and_keeps_shared_modules_shared():
+    model = Shared().eval()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    assert sorted(finish(model)) == ["act", "layers.1", "layers.2.0"]
+    assert model.act is model.layers[1]
+    assert type(model.layers[2][0]) is nn.ReLU
+    assert not model.act.training
+    assert torch.equal(model(x), expected)
+
+
+def test_finish_changes_nothing_if_one_blend_is_not_relu_yet():
+    model = nn.Sequential(Blend(nn.SiLU(), gamma=0.0), Blend(nn.SiLU(), gamma=0.1))
+    with pytest.raises(TrainingError, match=r"not ReLU yet: 1 \(gamma 0\.1\)"):
+        finish(model)
+    assert type(model[0]) is Blend
+    with pytest.raises(TrainingError, match="nothing holds it"):
+        finish(Blend(nn.SiLU(), gamma=0.0))
+
+
+@pytest.mark.parametrize("unit", [Blend, relu])
+def test_the_fast_path_of_a_transformer_layer_computes_what_stands_there(unit):
+    """In evaluation without gradients it goes by a flag, ``activation_relu_or_gelu``, and not by the module."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu").eval()
+    x = torch.randn(2, 5, 8)
+    student, _ = replace_activations(nn.Sequential(layer), unit, example=x)
+    set_gamma(student, 0.0)
+    finish(student)
+    assert type(student[0].activation) is nn.ReLU
+    slow = student(x.requires_grad_())  # gradients keep it off the fast path
+    with torch.no_grad():
+        fast = student(x)
+    assert student[0].activation_relu_or_gelu == 1
+    torch.testing.assert_close(fast, slow.detach(), rtol=1e-5, atol=1e-5)  # fused kernels round differently
+    assert not torch.allclose(fast, layer(x), atol=1e-3)
