@@ -35,6 +35,8 @@ class TransitionConfig:
         realign: PWLU moves its intervals to the collected statistics; without it they stay at +-``bound``.
         intervals: Of PWLU.
         bound: Of PWLU before the realignment, in units of the activation's input.
+        kernel: How PWLU is computed on a CPU: ``blocks``, or ``compiled``, which needs a C++ compiler and is several
+            times as fast (:func:`relu_deploy.nn.pwlu_model.use_kernel`). A resumed training keeps it.
         groups: Of the iterative recipe.
     """
 
@@ -45,6 +47,7 @@ class TransitionConfig:
     realign: bool = True
     intervals: int = 16
     bound: float = 3.0
+    kernel: Literal["blocks", "compiled"] = "blocks"
     groups: int = 4
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class TransitionConfig:
         _check(self.intervals >= 1, "intervals", self.intervals, "1 or more")
         _check(math.isfinite(self.bound) and self.bound > 0, "bound", self.bound, "positive")
         _check(self.groups >= 1, "groups", self.groups, "1 or more")
+        _check(self.kernel in ("blocks", "compiled"), "kernel", self.kernel, "blocks or compiled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

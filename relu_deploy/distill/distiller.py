@@ -350,10 +350,13 @@ class _Run:
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms and PWLU's parameters do not."""
+    """Matrices and kernels decay; biases, norms and the shapes of learned activations do not."""
+    from relu_deploy.nn.comparators import APL
+    from relu_deploy.nn.contextual import PAU
     from relu_deploy.nn.pwlu import PWLU
 
-    units = {p for module in model.modules() if isinstance(module, PWLU) for p in module.parameters()}
+    learned = (APL, PAU, PWLU)
+    units = {p for module in model.modules() if isinstance(module, learned) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise TrainingError(f"{type(model).__name__} has no parameters that can be trained")

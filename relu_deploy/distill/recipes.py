@@ -15,7 +15,7 @@ from relu_deploy.distill.config import DistillConfig
 from relu_deploy.errors import TrainingError
 from relu_deploy.nn.blend import Blend, StochasticBlend
 from relu_deploy.nn.pwlu import PWLU
-from relu_deploy.nn.pwlu_model import collect_statistics, realign
+from relu_deploy.nn.pwlu_model import collect_statistics, realign, use_kernel
 from relu_deploy.nn.schedule import group_gamma, pea_alpha, sat_gamma, statistics_end
 from relu_deploy.nn.swap import PerSite, SwapReport, channelwise, relu, replace_activations
 
@@ -47,6 +47,7 @@ def make_student(
 
     Raises:
         TrainingError: nothing was replaced, or the weights cannot be drawn anew.
+        BackendUnavailableError: PWLU's compiled kernel is wanted, and there is no C++ compiler.
     """
     model = _random(teacher, config.seed, fresh) if config.from_random else teacher
     if config.recipe == "B":
@@ -60,6 +61,7 @@ def make_student(
             f"{type(teacher).__name__} has no smooth activation to replace" + (f" ({first})" if first else ""),
             hint="include= replaces gates and heads too",
         )
+    use_kernel(student, config.transition.kernel)
     return Student(student, report)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: pip insta
 from torch import nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
-from relu_deploy.distill.config import RECIPE_NAMES, DistillConfig, from_dict, to_dict  # noqa: E402
+from relu_deploy.distill.config import RECIPE_NAMES, DistillConfig, TransitionConfig, from_dict, to_dict  # noqa: E402
 from relu_deploy.distill.distiller import Distiller  # noqa: E402
 from relu_deploy.distill.tasks import ClassificationTask  # noqa: E402
 from relu_deploy.errors import FileError, TrainingError  # noqa: E402
@@ -137,3 +138,31 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert two["steps"] == one["steps"]
     # The samples of every step are the same; dropout draws differ in each process, worth a few of the 128 samples.
     assert abs(two["metrics"]["accuracy"] - one["metrics"]["accuracy"]) <= 0.1
+
+
+def test_learned_shapes_do_not_decay():
+    from relu_deploy.distill.distiller import _groups
+    from relu_deploy.nn.make import activation
+
+    units = [activation(name, 4) for name in ("apl", "pau", "pwlu", "prelu")]
+    heavy, light = _groups(nn.Sequential(nn.Linear(4, 4), *units), 0.1)
+    assert [tuple(p.shape) for p in heavy["params"]] == [(4, 4)]
+    assert len(light["params"]) == 1 + sum(len(list(unit.parameters())) for unit in units)
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "compiled"])
+def test_the_kernel_of_pwlu_is_chosen(kernel):
+    from relu_deploy.distill.recipes import make_student
+    from relu_deploy.nn.pwlu import PWLU
+    from relu_deploy.nn.pwlu_kernel import COMPILERS
+
+    if kernel == "compiled" and not any(map(shutil.which, COMPILERS)):
+        pytest.skip("there is no C++ compiler")
+    config = DistillConfig(recipe="PWLU", transition=TransitionConfig(kernel=kernel))
+    student = make_student(nn.Sequential(nn.Linear(4, 4), nn.SiLU()), config, example=torch.zeros(1, 4)).model
+    assert [unit.kernel for unit in student.modules() if isinstance(unit, PWLU)] == [kernel]
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(TrainingError, match="kernel = 'fast'"):
+        TransitionConfig(kernel="fast")
