@@ -31,7 +31,7 @@ _SHOWN = 12
 @click.option(
     "--data", metavar="FUNCTION", help="module:function or file.py:function; returns (train, evaluate[, task])."
 )
-@click.option("--train", type=INPUT_FILE, metavar="X.npy", help="Inputs to train on; with the next three instead of --data.")
+@click.option("--train", type=INPUT_FILE, metavar="X.npy", help="Inputs to train on; with the next three, not --data.")
 @click.option("--train-labels", type=INPUT_FILE, metavar="Y.npy", help="Their labels.")
 @click.option("--test", type=INPUT_FILE, metavar="X.npy", help="Inputs to measure on.")
 @click.option("--test-labels", type=INPUT_FILE, metavar="Y.npy", help="Their labels.")
