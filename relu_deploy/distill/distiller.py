@@ -31,6 +31,11 @@ from relu_deploy.nn.schedule import one_cycle
 from relu_deploy.nn.swap import SwapReport
 from relu_deploy.report import to_json
 
+_SLOW_PWLU = (
+    "PWLU was computed by torch's operators; where there is a C++ compiler, transition.kernel=compiled is several "
+    "times as fast (docs/pwlu-speed.md)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class DistillReport:
@@ -173,6 +178,8 @@ class _Run:
         self.swap = prepared.swap
         self.model = prepared.model.train()
         self.teacher = copy.deepcopy(self.d.teacher).eval().requires_grad_(requires_grad=False).to(accelerator.device)
+        if config.recipe == "PWLU" and config.transition.kernel == "blocks" and accelerator.device.type == "cpu":
+            self.notes.append(_SLOW_PWLU)
         if config.channels_last:
             for network in (self.model, self.teacher):
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
