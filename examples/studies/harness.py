@@ -141,7 +141,7 @@ def paired(values: Sequence[float], base: Sequence[float], *, digits: int = 2) -
 def claim(text: str, first: Sequence[float], second: Sequence[float], *, margin: float = 0.0) -> str:
     """Whether one row is above another by ``margin``, as a line of a list.
 
-    A difference the other way that is smaller than its own spread is neither a yes nor a no.
+    What differs from the margin by no more than its own spread over the seeds is neither a yes nor a no.
 
     >>> claim("A over B", [2.0, 3.0], [1.0, 2.2])
     '- A over B: +0.90 ± 0.14: yes'
@@ -149,7 +149,7 @@ def claim(text: str, first: Sequence[float], second: Sequence[float], *, margin:
     differences = [value - other for value, other in zip(first, second, strict=True)]
     mean = statistics.mean(differences)
     noise = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    answer = "yes" if mean >= margin else "not told apart by these seeds" if margin - mean <= noise else "no"
+    answer = "not told apart by these seeds" if abs(mean - margin) <= noise else "yes" if mean > margin else "no"
     return f"- {text}: {paired(first, second)}: {answer}"
 
 

@@ -52,13 +52,12 @@ def main() -> None:
             spread(over_seeds(results, jobs, "int8")),
             "-" if title == "ReLU" else paired(fp32[title], fp32["ReLU"]),
             spread(iou[title]) if title in iou else "-", f"{results[jobs[0]]['parameters']:.0f}",
-            f"{results[jobs[0]]['smooth']:.0f}",
         ]
         for title, jobs in names.items()
     ]  # fmt: skip
     headings = [
         "activation", "FPS INT8", "ratio to SiLU INT8 [95 %]", "accuracy % FP32", "accuracy % INT8",
-        "FP32 against ReLU", "IoU", "parameters", "activations in float",
+        "FP32 against ReLU", "IoU", "parameters",
     ]  # fmt: skip
     best = f"{REALIGNED}, N = 16"
     publish(options, "pwlu", TITLE, [

@@ -61,10 +61,11 @@ class Row:
 
 def train_rows(rows: Mapping[str, Row], options: Options) -> dict[str, Values]:
     """Train every row with every seed; results by name of the job."""
-    return run_jobs([job for name, row in rows.items() for job in _jobs_of(name, row, options)], options)
+    return run_jobs([job for name, row in rows.items() for job in jobs_of(name, row, options)], options)
 
 
-def _jobs_of(name: str, row: Row, options: Options) -> list[Job]:
+def jobs_of(name: str, row: Row, options: Options) -> list[Job]:
+    """A row's trainings."""
     return [
         Job(
             job_name(name, seed), train,

@@ -82,7 +82,9 @@ def test_a_failed_job_is_told_after_the_others_ran(harness, work, tmp_path):
         ([3.0, 3.0], [2.0, 2.0], "+1.00 ± 0.00: yes"),
         ([1.0, 1.0], [2.0, 2.0], "-1.00 ± 0.00: no"),
         ([1.0, 3.0], [2.0, 2.1], "-0.05 ± 1.34: not told apart by these seeds"),
+        ([2.0, 2.1], [1.0, 3.0], "+0.05 ± 1.34: not told apart by these seeds"),
         ([1.0], [2.0], "-1.00: no"),
+        ([2.0], [2.0], "+0.00: not told apart by these seeds"),
     ],
 )
 def test_claims(harness, first, second, answer):
@@ -147,3 +149,25 @@ def test_networks_take_images_and_have_activations_to_replace(study, name):
     student, report = replace_activations(network, relu, example=images)
     assert len(report.replaced) == {"cnn": 6, "deit": 4}[name]
     assert not any(isinstance(module, nn.SiLU) for module in student.modules())
+
+
+def test_a_training_is_deployed_and_scored(study, monkeypatch, tmp_path):
+    for package in ("accelerate", "onnxscript"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'relu-deploy[torch]'")
+    vision, fashion, harness = study("vision"), study("fashion"), study("harness")
+    rng = np.random.default_rng(0)
+
+    def made_up(split):
+        count = {"train": vision.HELD_OUT + vision.SMOKE, "test": 200}[split]
+        return rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), rng.integers(0, 10, count)
+
+    for module in (vision, fashion):
+        monkeypatch.setattr(module, "load", made_up)
+    given = harness.Options(folder=tmp_path, seeds=1, workers=1, seconds=1.0, smoke=True)
+    row = vision.from_scratch("PWLU", epochs=1, transition={"intervals": 4})
+    (job,) = vision.jobs_of("name", row, given)
+    values = vision.train(job, harness.job_folder(job.name, given))
+    assert 0 <= values["int8"] <= 100
+    assert 0 < values["iou"] <= 1
+    assert (values["layers"], values["int8_layers"]) == (7, 7)
+    assert values["parameters"] == 28410 + (16 * 3 + 32 * 3) * (4 + 5)
