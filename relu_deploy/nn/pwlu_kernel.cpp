@@ -167,6 +167,13 @@ void reduce(const std::vector<double>& parts, i64 pieces, i64 size, double* out)
     for (i64 i = 0; i < size; i++) out[i] += parts[p * size + i];
 }
 
+// The right boundary, `least` or more beyond the left one, as Parameters.as_work has it; NaN stays NaN.
+inline float apart(float left, float right, float least) {
+  const float nearest = left + least;
+  const float wide = right > nearest ? right : nearest >= right ? nearest : right + nearest;
+  return right + (wide - right);
+}
+
 i64 pieces_of(i64 count, i64 size) { return std::clamp<i64>(count / size, 1, MOST_PIECES); }
 
 // Constants of the columns of one row, or of a few rows together if they are short.
@@ -199,6 +206,53 @@ struct Columns {
 }  // namespace
 
 extern "C" {
+
+// Tables of pwlu_function.py::tables_of, in the same roundings. In: (channels,), values (channels, intervals + 1).
+// Out: width (channels,); slopes and offsets (channels, pitch), whose last columns are left as they are.
+void pwlu_tables(const float* left, const float* right, const float* values, const float* low, const float* high,
+                 i64 channels, i64 intervals, i64 pitch, float least, float* width, float* slopes, float* offsets) {
+  for (i64 c = 0; c < channels; c++) {
+    const float end = apart(left[c], right[c], least), *v = values + c * (intervals + 1);
+    float *k = slopes + c * pitch, *z = offsets + c * pitch;
+    width[c] = end - left[c];
+    const float step = width[c] / static_cast<float>(intervals);
+    k[0] = low[c], z[0] = v[0] - k[0] * left[c];
+    for (i64 i = 0; i < intervals; i++) {
+      k[i + 1] = (v[i + 1] - v[i]) / step;
+      z[i + 1] = v[i] - k[i + 1] * (left[c] + step * static_cast<float>(i));
+    }
+    k[intervals + 1] = high[c], z[intervals + 1] = v[intervals] - k[intervals + 1] * end;
+  }
+}
+
+// Gradients of the parameters from the sums of a backward pass (channels, pitch, 2), in float64, as
+// pwlu_function.py::parameter_gradients has them. Out: one each, values (channels, intervals + 1).
+void pwlu_gradients(const double* sums, const float* left, const float* right, const float* values, const float* low,
+                    const float* high, i64 channels, i64 intervals, i64 pitch, float least, float* d_left,
+                    float* d_right, float* d_values, float* d_low, float* d_high) {
+  const double n = static_cast<double>(intervals);
+  std::vector<double> d(intervals + 1);
+  for (i64 c = 0; c < channels; c++) {
+    const double *s = sums + c * pitch * 2, *last = s + 2 * (intervals + 1);
+    const float* v = values + c * (intervals + 1);
+    const double width = static_cast<double>(apart(left[c], right[c], least)) - static_cast<double>(left[c]);
+    double to_left = 0, to_right = 0;
+    std::fill(d.begin(), d.end(), 0.0);
+    d[0] = s[0], d[intervals] += last[0];
+    for (i64 i = 0; i < intervals; i++) {
+      const double inner = s[2 * (i + 1)], along = s[2 * (i + 1) + 1] / width;
+      const double slope = (static_cast<double>(v[i + 1]) - static_cast<double>(v[i])) * (n / width);
+      d[i] += static_cast<double>(i + 1) * inner - along * n;  // (B_{i+1} - x) / d
+      d[i + 1] += along * n - static_cast<double>(i) * inner;  // (x - B_i) / d
+      to_left += slope * (along - inner);                       // K_i (x - B_R) / (B_R - B_L)
+      to_right -= slope * along;                                // -K_i (x - B_L) / (B_R - B_L)
+    }
+    d_left[c] = static_cast<float>(to_left - static_cast<double>(low[c]) * s[0]);
+    d_right[c] = static_cast<float>(to_right - static_cast<double>(high[c]) * last[0]);
+    d_low[c] = static_cast<float>(s[1]), d_high[c] = static_cast<float>(last[1] - last[0] * width);
+    for (i64 i = 0; i <= intervals; i++) d_values[c * (intervals + 1) + i] = static_cast<float>(d[i]);
+  }
+}
 
 // x, y: (outer, channels, length). left, width: (channels,). slopes, offsets: (channels, pitch).
 void pwlu_forward_rows(const float* x, float* y, i64 outer, i64 length, const float* left, const float* width,

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.nn import functional as F  # noqa: N812  # the name torch's own docum
 
 from relu_deploy.errors import BackendUnavailableError
 from relu_deploy.nn.pwlu_function import (
+    MIN_INTERVAL,
     Parameters,
     Rows,
     Tables,
@@ -77,49 +78,68 @@ def serves(x: Tensor, parameter: Tensor) -> bool:
     return x.device.type == "cpu" and work_dtype(x, parameter) == torch.float32
 
 
+class Packed(NamedTuple):
+    """Tables as the kernels read them, float32: rows of a multiple of 8 entries, as many as a vector register holds.
+
+    ``left`` and ``width`` (C,); ``slopes`` and ``offsets`` (C, P), of which the first ``segments`` columns are used.
+    """
+
+    left: Tensor
+    width: Tensor
+    slopes: Tensor
+    offsets: Tensor
+    segments: int
+
+
 class CompiledPWLU(torch.autograd.Function):
-    """PWLU with the gradients of the paper, section 3.1, as :class:`relu_deploy.nn.pwlu_function.PWLUFunction`."""
+    """PWLU with the gradients of the paper, section 3.1, as :class:`relu_deploy.nn.pwlu_function.PWLUFunction`.
+
+    In torch's older form, with ``ctx`` in ``forward``: a separate ``setup_context`` has torch inspect the signature at
+    every call, a tenth of a millisecond.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor, left: Tensor, right: Tensor, values: Tensor, slope_left: Tensor, slope_right: Tensor, axis: int
+        ctx: Any,
+        x: Tensor,
+        left: Tensor,
+        right: Tensor,
+        values: Tensor,
+        slope_left: Tensor,
+        slope_right: Tensor,
+        axis: int,
     ) -> Tensor:
         """Values; arguments as in :class:`Parameters`."""
+        ctx.save_for_backward(x, left, right, values, slope_left, slope_right)
+        ctx.axis = axis
         raw = Parameters(left, right, values, slope_left, slope_right)
+        if _direct(x, raw):
+            return _forward(x, _tables(raw), axis)
         return forward_compiled(x, tables_of(raw.as_work(work_dtype(x, values))), axis)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004  # torch's signature
-        """Keep what the gradients need."""
-        ctx.save_for_backward(*inputs[:6])
-        ctx.axis = inputs[6]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the five parameters."""
         x, *rest = ctx.saved_tensors
         raw = Parameters(*rest)
+        wanted = any(ctx.needs_input_grad[1:6])
         if torch.is_grad_enabled():
             return (*differentiable(x, raw, grad, ctx.axis, ctx.needs_input_grad[:6]), None)
+        if _direct(x, raw):
+            dx, sums = _backward(x, grad, _tables(raw), ctx.axis, parameters=wanted)
+            return (dx, *(_gradients(raw, sums) if sums is not None else [None] * 5), None)
         work = raw.as_work(work_dtype(x, raw.values))
-        dx, sums = backward_compiled(x, grad, tables_of(work), ctx.axis, parameters=any(ctx.needs_input_grad[1:6]))
-        if sums is None:
+        dx, parts = backward_compiled(x, grad, tables_of(work), ctx.axis, parameters=wanted)
+        if parts is None:
             return dx, None, None, None, None, None, None
         # In float64, as the sums are: a few hundred numbers.
-        grads = parameter_gradients(Parameters(*(p.to(torch.float64) for p in work)), *sums)
+        grads = parameter_gradients(Parameters(*(p.to(torch.float64) for p in work)), *parts)
         return (dx, *(g.to(p.dtype) for g, p in zip(grads, raw, strict=True)), None)
 
 
 def forward_compiled(x: Tensor, t: Tables, axis: int) -> Tensor:
     """Same values as :func:`relu_deploy.nn.pwlu_function.evaluate`; any floating dtype, float64 by blocks."""
-    if not serves(x, t.slopes):
-        return forward_blocks(x, t, axis)
-    rows = as_rows(x, axis, t.left.numel())
-    wide = rows.matrix.to(torch.float32)
-    y = torch.empty_like(wide)
-    constants = [p.detach().contiguous() for p in (t.left, t.width)] + [_padded(p) for p in (t.slopes, t.offsets)]
-    _call("forward", rows, [wide, y, *constants], t.slopes.shape[1])
-    return rows.restore(y.to(x.dtype))
+    return _forward(x, _packed(t), axis) if serves(x, t.slopes) else forward_blocks(x, t, axis)
 
 
 def backward_compiled(
@@ -128,28 +148,73 @@ def backward_compiled(
     """Gradient of x, and the float64 sums of ``grad`` and ``grad * (x - B_L)`` over each segment, (C, N + 2) each."""
     if not serves(x, t.slopes):
         return backward_blocks(x, grad, t, axis, parameters=parameters)
+    packed = _packed(t)
+    dx, sums = _backward(x, grad, packed, axis, parameters=parameters)
+    return dx, None if sums is None else (sums[:, : packed.segments, 0], sums[:, : packed.segments, 1])
+
+
+def _forward(x: Tensor, t: Packed, axis: int) -> Tensor:
+    rows = as_rows(x, axis, t.left.numel())
+    wide = rows.matrix.to(torch.float32)
+    y = torch.empty_like(wide)
+    _call("forward", rows, [wide, y], t, [t.slopes, t.offsets])
+    return rows.restore(y.to(x.dtype))
+
+
+def _backward(x: Tensor, grad: Tensor, t: Packed, axis: int, *, parameters: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradient of x, and sums (C, P, 2) in float64."""
     rows = as_rows(x, axis, t.left.numel())
     given = grad if rows.back is None else grad.movedim(rows.back, -1)
     upstream = given.contiguous().view(rows.matrix.shape).to(torch.float32)
     wide = rows.matrix.to(torch.float32)
-    dx, slopes, segments = torch.empty_like(wide), _padded(t.slopes), t.slopes.shape[1]
-    sums = torch.zeros(*slopes.shape, 2, dtype=torch.float64) if parameters else None
-    constants = [t.left.detach().contiguous(), t.width.detach().contiguous(), slopes]
-    _call("backward", rows, [wide, upstream, dx, sums, *constants], segments)
-    found = None if sums is None else (sums[:, :segments, 0], sums[:, :segments, 1])
-    return rows.restore(dx.to(x.dtype)), found
+    dx = torch.empty_like(wide)
+    sums = torch.zeros(*t.slopes.shape, 2, dtype=torch.float64) if parameters else None
+    _call("backward", rows, [wide, upstream, dx, sums], t, [t.slopes])
+    return rows.restore(dx.to(x.dtype)), sums
 
 
-def _padded(table: Tensor) -> Tensor:
-    """Rows of a multiple of 8 entries, as many as a vector register holds."""
-    return F.pad(table.detach(), (0, -table.shape[1] % 8)).contiguous()
+def _direct(x: Tensor, p: Parameters) -> bool:
+    """True if the small work on the parameters is done in C++ too; it is a dozen calls of torch otherwise."""
+    return serves(x, p.values) and all(each.dtype == torch.float32 and each.is_contiguous() for each in p)
 
 
-def _call(which: str, rows: Rows, tensors: list[Tensor | None], segments: int) -> None:
-    """Run a kernel; the last tensor is a table, the tensors before the constants have the layout of ``rows``."""
-    table = tensors[-1]
-    assert table is not None  # noqa: S101  # for the type checker
-    channels, pitch = table.shape
+def _tables(p: Parameters) -> Packed:
+    """As :func:`relu_deploy.nn.pwlu_function.tables_of`, bit for bit."""
+    segments = p.intervals + 2
+    width = torch.empty_like(p.left)
+    slopes = p.values.new_zeros(len(p.left), segments + -segments % 8)
+    offsets = torch.zeros_like(slopes)
+    library().pwlu_tables(*_in(p, slopes.shape[1]), *map(_pointer, (width, slopes, offsets)))
+    return Packed(p.left, width, slopes, offsets, segments)
+
+
+def _gradients(p: Parameters, sums: Tensor) -> list[Tensor]:
+    """As :func:`relu_deploy.nn.pwlu_function.parameter_gradients`, in float64."""
+    made = [torch.empty_like(each) for each in p]
+    library().pwlu_gradients(_pointer(sums), *_in(p, sums.shape[1]), *map(_pointer, made))
+    return made
+
+
+def _in(p: Parameters, pitch: int) -> list[Any]:
+    """The parameters, and what else the small functions take before their outputs."""
+    sizes = [ctypes.c_int64(size) for size in (len(p.left), p.intervals, pitch)]
+    return [*map(_pointer, p), *sizes, ctypes.c_float(p.intervals * MIN_INTERVAL)]
+
+
+def _packed(t: Tables) -> Packed:
+    segments = t.slopes.shape[1]
+    left, width = t.left.detach().contiguous(), t.width.detach().contiguous()
+    slopes, offsets = (F.pad(table.detach(), (0, -segments % 8)).contiguous() for table in (t.slopes, t.offsets))
+    return Packed(left, width, slopes, offsets, segments)
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _call(which: str, rows: Rows, tensors: list[Tensor | None], t: Packed, tables: list[Tensor]) -> None:
+    """Run a kernel; ``tensors`` have the layout of ``rows``."""
+    channels, pitch = t.slopes.shape
     size, columns = rows.matrix.shape
     if channels == 1:
         outer, length, layout = 1, size * columns, "rows"
@@ -157,11 +222,8 @@ def _call(which: str, rows: Rows, tensors: list[Tensor | None], segments: int) -
         outer, length, layout = size // channels, columns, "rows"
     else:
         outer, length, layout = size, 1, "columns"
-    first = 2 if which == "forward" else 4
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    pointers = [pointer(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     threads = max(1, min(torch.get_num_threads(), size * columns // GRAIN))
     getattr(library(), f"pwlu_{which}_{layout}")(
-        *pointers[:first], integer(outer), integer(length), *pointers[first:],
-        integer(channels), integer(segments), integer(pitch), ctypes.c_int(threads),
+        *map(_pointer, tensors), *map(ctypes.c_int64, (outer, length)), *map(_pointer, (t.left, t.width, *tables)),
+        *map(ctypes.c_int64, (channels, t.segments, pitch)), ctypes.c_int(threads),
     )  # fmt: skip

@@ -6,13 +6,15 @@ import subprocess
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
 
 from relu_deploy.errors import BackendUnavailableError, TrainingError  # noqa: E402
 from relu_deploy.nn import pwlu_kernel  # noqa: E402
 from relu_deploy.nn.pwlu import PWLU, StaticPWLU  # noqa: E402
-from relu_deploy.nn.pwlu_function import evaluate, tables_of  # noqa: E402
+from relu_deploy.nn.pwlu_function import Parameters, evaluate, parameter_gradients, tables_of  # noqa: E402
 from relu_deploy.nn.pwlu_kernel import CompiledPWLU, backward_compiled, forward_compiled  # noqa: E402
 from relu_deploy.nn.pwlu_model import use_kernel  # noqa: E402
 
@@ -219,3 +221,31 @@ def test_no_compiler_and_a_compiler_that_fails(monkeypatch):
         use_kernel(unit, "compiled")
     assert unit.kernel == "blocks"
     assert unit(torch.ones(1, 2)).tolist() == [[1.0, 1.0]]
+
+
+@given(seed=st.integers(0, 2**31), channels=st.integers(1, 9), intervals=st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_tables_and_parameter_gradients_in_cpp_are_those_of_torch(seed, channels, intervals):
+    generator = torch.Generator().manual_seed(seed)
+    left = 3 * torch.randn(channels, generator=generator)
+    right = left + 5 * torch.rand(channels, generator=generator) - 0.5  # some cross
+    values = torch.randn(channels, intervals + 1, generator=generator)
+    p = Parameters(left, right, values, *torch.randn(2, channels, generator=generator))
+    work, packed = p.as_work(torch.float32), pwlu_kernel._tables(p)
+    want = tables_of(work)
+    assert torch.equal(packed.width, want.width)
+    assert torch.equal(packed.slopes[:, : intervals + 2], want.slopes)
+    assert torch.equal(packed.offsets[:, : intervals + 2], want.offsets)
+    sums = torch.randn(*packed.slopes.shape, 2, dtype=torch.float64, generator=generator)
+    used = sums[:, : intervals + 2]
+    expected = parameter_gradients(Parameters(*(q.double() for q in work)), used[..., 0], used[..., 1])
+    for mine, its in zip(pwlu_kernel._gradients(p, sums), expected, strict=True):
+        # Sums of up to 30 float64 terms in another order, rounded once to float32.
+        torch.testing.assert_close(mine, its.float(), rtol=1e-6, atol=1e-9 * float(its.abs().max()))
+
+
+def test_boundaries_that_are_not_numbers_stay_so():
+    nan = torch.tensor([float("nan")])
+    one, values = torch.ones(1), torch.ones(1, 3)
+    assert pwlu_kernel._tables(Parameters(nan, one, values, one, one)).width.isnan().all()
+    assert pwlu_kernel._tables(Parameters(one, nan, values, one, one)).width.isnan().all()
