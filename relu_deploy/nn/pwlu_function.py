@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 15
-"""Elements worked on at once, so that the scratch arrays of a block stay in the second-level cache."""
+BLOCK = 1 << 17
+"""Elements worked on at once. Smaller blocks stay in a nearer cache but cost more calls, which weighs more; larger ones
+gain little and add more terms in float32 before a block's sums are put together."""
 
 MIN_INTERVAL = 1e-3
 """Smallest width of an interval. Boundaries that training drove together or across stay this far apart."""
