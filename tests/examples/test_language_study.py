@@ -158,6 +158,7 @@ def test_the_page_says_what_became_of_the_papers_claims(study, tmp_path):
     speeds = {"GELU": study.Speed(1000.0, "QPS", "1"), "ReLU": study.Speed(1100.0, "QPS", "1.10 [1.05, 1.15]")}
     counts = {"train": 7, "validation": 1, "test": 2}
     text = "\n".join(study.page(results, speeds, ["busy"], counts, options))
-    assert "no worse than the GELU original: so here, +2.0 ± 0.0" in text
-    assert "about as well as the original's: not so here, B+KD is +1.0 from KD" in text
+    assert "- B+KD over B (the paper: 82.51 and 81.48 % exact match): +2.00 ± 0.00: yes" in text
+    assert "- B+KD keeps at least 99.0 % of B: 102.5 %: yes" in text
+    assert "KD with ReLU over KD with GELU: -4.00 ± 0.00: no" in text
     assert "14 of 18" in text
