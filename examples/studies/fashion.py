@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import struct
 from pathlib import Path
@@ -22,8 +23,9 @@ Array = npt.NDArray[Any]
 _FILES = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
 
 
+@functools.cache
 def load(split: Literal["train", "test"], *, folder: Path = FOLDER) -> tuple[Array, Array]:
-    """Images, uint8 (N, 28, 28), and labels, int64 (N,).
+    """Images, uint8 (N, 28, 28), and labels, int64 (N,), read once a process.
 
     Raises:
         DataError: the package is not installed, or a file is damaged.
