@@ -112,6 +112,11 @@ def measure(jobs: Mapping[str, str], options: Options, *, base: str) -> tuple[di
     return {form: Speed(result.throughput, report.unit, _ratio(result)) for form, result in results.items()}, warnings
 
 
+def warned(warnings: Sequence[str]) -> list[str]:
+    """The bench's warnings as one part of a page; nothing without any."""
+    return ["Warnings of the bench:", "\n".join(f"- {text}" for text in warnings)] if warnings else []
+
+
 def _ratio(result: EngineResult) -> str:
     if result.ratio is None:
         return "1"

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.files import make_folder
-from deploy import Speed, deploy, engine_outputs, measure
+from deploy import Speed, deploy, engine_outputs, measure, warned
 from detection_data import Canvases, Split, as_input, canvases, load_canvases, save_canvases
 from detector_loss import detection_loss
 from detector_network import Detector, decode
@@ -102,7 +102,7 @@ def main() -> None:
     results |= run_jobs([job for job in jobs if job.settings["student"]], options)
     forms = {"SiLU": job_name("B", 0), "ReLU": job_name("B+KD", 0)}
     speeds, warnings = measure(forms, options, base="SiLU")
-    publish(options, "detection", TITLE, [*page(results, speeds, options), *warnings])
+    publish(options, "detection", TITLE, [*page(results, speeds, options), *warned(warnings)])
 
 
 def job_name(title: str, seed: int) -> str:

@@ -8,7 +8,7 @@ activation in every place, all with the same number of steps.
 
 from __future__ import annotations
 
-from deploy import measure
+from deploy import measure, warned
 from harness import claim, over_seeds, paired, parse_options, publish, spread, table
 from vision import from_scratch, job_names, train_rows
 
@@ -60,7 +60,7 @@ def main() -> None:
             claim("B over SE+ReLU", fp32["DY-ReLU-B"], fp32["SE+ReLU"]),
         ]),
         NOTE,
-        *[f"Warning of the bench: {text}" for text in warnings],
+        *warned(warnings),
     ])  # fmt: skip
 
 

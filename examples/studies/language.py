@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from calib.files import atomic_path, make_folder
-from deploy import Speed, deploy, engine_outputs, measure
+from deploy import Speed, deploy, engine_outputs, measure, warned
 from harness import (
     Job,
     Options,
@@ -239,7 +239,7 @@ def page(
     listed = "\n".join(claims(names, results))
     parts = [setting, table(HEADINGS, [row_of(row, names, results, speeds) for row in ROWS]), columns]
     told = "The paper's claims, in points of accuracy (FP32), seed by seed:"
-    return [*parts, told, listed, *(f"Warning of the bench: {text}" for text in warnings)]
+    return [*parts, told, listed, *warned(warnings)]
 
 
 HEADINGS = (

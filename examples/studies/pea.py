@@ -9,7 +9,7 @@ smooth activation as the upper limit. All have the same number of steps.
 
 from __future__ import annotations
 
-from deploy import measure
+from deploy import measure, warned
 from harness import claim, over_seeds, paired, parse_options, publish, spread, table
 from vision import from_scratch, job_names, train_rows
 
@@ -58,7 +58,7 @@ def main() -> None:
             *(claim(f"PEA-{form} until 90 over until 115", fp32[f"PEA-{form}, until 90 of 120"],
                     fp32[f"PEA-{form}, until 115 of 120"]) for form in ("W", "S")),
         ]),
-        *[f"Warning of the bench: {text}" for text in warnings],
+        *warned(warnings),
     ])  # fmt: skip
 
 

@@ -9,7 +9,7 @@ the inputs at the end of the training, over 1,024 test images.
 
 from __future__ import annotations
 
-from deploy import measure
+from deploy import measure, warned
 from harness import claim, over_seeds, paired, parse_options, publish, spread, table
 from vision import Row, from_scratch, job_names, train_rows
 
@@ -74,7 +74,7 @@ def main() -> None:
             *(claim(f"N = 16 over N = {n}", fp32[best], fp32[f"{REALIGNED}, N = {n}"]) for n in INTERVALS if n != 16),
         ]),
         NOTE,
-        *[f"Warning of the bench: {text}" for text in warnings],
+        *warned(warnings),
     ])  # fmt: skip
 
 

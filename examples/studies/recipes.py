@@ -9,7 +9,7 @@ gains over B by having been trained for longer, it has too.
 
 from __future__ import annotations
 
-from deploy import measure
+from deploy import measure, warned
 from harness import Options, Values, claim, over_seeds, paired, parse_options, publish, spread, table
 from vision import Row, job_names, train_rows
 
@@ -71,7 +71,7 @@ def page(network: str, results: dict[str, Values], options: Options) -> list[str
             claim("B+KD-SAT over KD", fp32["B+KD-SAT"], fp32["KD"]),
             f"- B+KD keeps at least {PAPER} % of B: {share:.2f} %: {'yes' if share >= PAPER else 'no'}",
         ]),
-        *[f"Warning of the bench: {text}" for text in warnings],
+        *warned(warnings),
     ]  # fmt: skip
 
 
