@@ -78,7 +78,16 @@ def test_a_missing_archive_is_named_with_the_command_that_gets_it(language, tmp_
     assert caught.value.hint == f"pip download --no-deps --no-binary :all: --dest {tmp_path} vaderSentiment==3.3.2"
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", packed({"other": b""}), packed({"other": b"x" * 9000})[:90]])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no archive", packed({"other": b""}), packed({"other": b"x" * 9000})[:90]],
+    ids=[
+        "empty",
+        "no archive",
+        "without the file",
+        "cut",
+    ],  # an archive has the time in it: workers must agree on names
+)
 def test_a_damaged_archive_is_refused(language, tmp_path, content):
     path = tmp_path / language.ARCHIVE
     path.write_bytes(content)
