@@ -107,9 +107,9 @@ def statistics_end(total: int, *, statistics: float = 0.1) -> int:
 
 
 def _end(step: int, total: int, pure: float) -> int:
-    """The step at which the pure phase begins; at least one step is pure."""
+    """The step at which the pure phase begins: at least one step is pure, and unless all are to be, one is not."""
     if total < 1 or not 0 <= step <= total:
         raise TrainingError(f"there is no step {step} of {total}")
     if not 0 <= pure <= 1:
         raise TrainingError(f"the pure share is {pure}; it must lie in [0, 1]")
-    return max(0, total - max(1, round(pure * total)))
+    return max(1 if pure < 1 < total else 0, total - max(1, round(pure * total)))

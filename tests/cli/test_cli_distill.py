@@ -76,7 +76,8 @@ def lab(tmp_path, monkeypatch):
         np.save(tmp_path / f"{name}.npy", x)
         np.save(tmp_path / f"{name}_labels.npy", x[:, :3].argmax(1))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("net", None)  # branch.py imports it, and other tests have a net of their own
 
 
 ARRAYS = "--train train.npy --train-labels train_labels.npy --test test.npy --test-labels test_labels.npy"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
@@ -14,6 +14,7 @@ totals, shares = st.integers(2, 500), st.floats(0, 0.9)
 
 
 @given(totals, shares, st.sampled_from([None, 1, 10]))
+@example(total=2, pure=0.75, levels=None)  # rounds to two pure steps of two
 def test_sat_falls_from_one_to_exactly_zero_and_stays_there(total, pure, levels):
     gammas = [sat_gamma(step, total, pure=pure, levels=levels) for step in range(total + 1)]
     assert gammas[0] == 1
