@@ -39,7 +39,20 @@ from deploy import Speed, deploy, engine_outputs, measure, warned
 from detection_data import Canvases, Split, as_input, canvases, load_canvases, save_canvases
 from detector_loss import detection_loss
 from detector_network import Detector, decode
-from harness import Job, Options, Values, claim, over_seeds, paired, parse_options, publish, run_jobs, spread, table
+from harness import (
+    Job,
+    Options,
+    Values,
+    claim,
+    over_seeds,
+    paired,
+    parse_options,
+    publish,
+    run_jobs,
+    share,
+    spread,
+    table,
+)
 from relu_deploy.distill.config import DistillConfig, RecipeName
 from relu_deploy.distill.distiller import Distiller
 from relu_deploy.distill.tasks import DetectionTask
@@ -230,11 +243,6 @@ def line(
         f"{share(mine['ap'], base):.1f}", paired(mine["ap_int8"], mine["ap"], digits=1),
         f"{first['int8_layers']:.0f} of {first['layers']:.0f}",
     ]  # fmt: skip
-
-
-def share(values: Sequence[float], base: Sequence[float]) -> float:
-    """How much of the base's mean is kept, in percent; 0 if there is nothing to keep."""
-    return 100 * sum(values) / sum(base) if sum(base) else 0.0
 
 
 if __name__ == "__main__":

@@ -138,6 +138,15 @@ def paired(values: Sequence[float], base: Sequence[float], *, digits: int = 2) -
     return text if text.startswith("-") else f"+{text}"
 
 
+def share(values: Sequence[float], base: Sequence[float]) -> float:
+    """How much of the base's mean is kept, in percent; 0 if there is nothing to keep.
+
+    >>> share([1.0, 2.0], [2.0, 4.0])
+    50.0
+    """
+    return 100 * sum(values) / sum(base) if sum(base) else 0.0
+
+
 def claim(text: str, first: Sequence[float], second: Sequence[float], *, margin: float = 0.0) -> str:
     """Whether one row is above another by ``margin``, as a line of a list.
 

@@ -34,6 +34,7 @@ from harness import (
     parse_options,
     publish,
     run_jobs,
+    share,
     spread,
     table,
 )  # fmt: skip
@@ -276,11 +277,6 @@ def claims(names: Mapping[str, Sequence[str]], results: Mapping[str, Values]) ->
         f"- B+KD keeps at least {PAPER} % of B: {kept:.1f} %: {'yes' if kept >= PAPER else 'no'}",
         claim("not the paper's: KD with ReLU over KD with GELU", accuracy["KD"], accuracy["KD, GELU kept"]),
     ]
-
-
-def share(values: Sequence[float], base: Sequence[float]) -> float:
-    """How much of the base's mean is kept, in percent."""
-    return 100 * sum(values) / sum(base) if sum(base) else 0.0
 
 
 def _network() -> dict[str, Any]:

@@ -10,7 +10,7 @@ gains over B by having been trained for longer, it has too.
 from __future__ import annotations
 
 from deploy import measure, warned
-from harness import Options, Values, claim, over_seeds, paired, parse_options, publish, spread, table
+from harness import Options, Values, claim, over_seeds, paired, parse_options, publish, share, spread, table
 from vision import Row, job_names, train_rows
 
 TITLE = "Recipes (tables 1 and 3 of the paper): a convolutional network and a small DeiT on Fashion-MNIST"
@@ -53,13 +53,13 @@ def page(network: str, results: dict[str, Values], options: Options) -> list[str
         lines.append([
             title, act, f"{speeds[act].throughput:.0f}", speeds[act].ratio, spread(fp32[title]), spread(int8[title]),
             "-" if title == "B" else paired(fp32[title], fp32["B"]),
-            f"{kept(fp32[title], fp32['B']):.2f}", f"{one['int8_layers']:.0f} of {one['layers']:.0f}",
+            f"{share(fp32[title], fp32['B']):.2f}", f"{one['int8_layers']:.0f} of {one['layers']:.0f}",
         ])  # fmt: skip
     headings = [
         "method", "activation", "FPS INT8", f"ratio to {smooth} INT8 [95 %]", "accuracy % FP32", "accuracy % INT8",
         "FP32 against B", "% of B kept", "INT8 layers",
     ]  # fmt: skip
-    share = kept(fp32["B+KD"], fp32["B"])
+    kept = share(fp32["B+KD"], fp32["B"])
     return [
         f"## {'Convolutional network, SiLU' if network == 'cnn' else 'Small DeiT, GELU'}",
         table(headings, lines),
@@ -69,15 +69,10 @@ def page(network: str, results: dict[str, Values], options: Options) -> list[str
             claim("B, trained on, over B+KD", fp32["B, trained on"], fp32["B+KD"]),
             claim("B+KD over B+KD-SAT", fp32["B+KD"], fp32["B+KD-SAT"]),
             claim("B+KD-SAT over KD", fp32["B+KD-SAT"], fp32["KD"]),
-            f"- B+KD keeps at least {PAPER} % of B: {share:.2f} %: {'yes' if share >= PAPER else 'no'}",
+            f"- B+KD keeps at least {PAPER} % of B: {kept:.2f} %: {'yes' if kept >= PAPER else 'no'}",
         ]),
         *warned(warnings),
     ]  # fmt: skip
-
-
-def kept(values: list[float], base: list[float]) -> float:
-    """Percent of the original's accuracy."""
-    return 100 * sum(values) / sum(base)
 
 
 def main() -> None:
