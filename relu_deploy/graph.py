@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import external_data_helper
@@ -19,6 +20,7 @@ from onnx.version_converter import ConvertError
 from calib.errors import first_line
 from calib.files import atomic_path, check_writable, require_file
 from calib.model import PROTOBUF_LIMIT, STANDARD_DOMAINS, all_nodes, fits_one_message, opset, tensor_bytes
+from relu_deploy import ops
 from relu_deploy.errors import FileError, ModelError
 from relu_deploy.untrusted import check_parsed
 
@@ -146,13 +148,18 @@ def convert_opset(model: onnx.ModelProto, *, lowest: int, source: Path | str = "
     """
     if opset(model) >= lowest:
         return model
+    foreign = [(f.domain, f.name) for f in model.functions if f.domain == ops.DOMAIN]
     try:
+        # The converter drops local functions; those of users are unfolded, ours are defined anew for the opset.
+        if len(foreign) < len(model.functions):
+            model = onnx.inliner.inline_selected_functions(model, foreign, exclude=True)
         converted = onnx.version_converter.convert_version(model, lowest)
     except (RuntimeError, IndexError, ValueError, ConvertError, onnx.checker.ValidationError) as error:
         raise ModelError(
             f"{source} uses opset {opset(model)} and cannot be lifted to {lowest}: {first_line(error)}",
             hint=f"export the model again with opset {lowest} or newer",
         ) from error
+    ops.define_operators(converted, lowest)
     converted.metadata_props.extend(p for p in model.metadata_props if p not in converted.metadata_props)
     _restore_tensor_names(model.graph, converted.graph)
     name_nodes(converted.graph)

@@ -21,6 +21,8 @@ from relu_deploy.errors import ExportError
 from relu_deploy.export.adapter import INNER, Adapter
 from relu_deploy.export.specs import DynamicAxis
 from relu_deploy.graph import all_nodes, opset
+from relu_deploy.nn.pwlu_export import pwlu_nodes
+from relu_deploy.ops import DEFINITION_OPSET, define_operators
 
 Exporter = Literal["dynamo", "torchscript"]
 
@@ -49,7 +51,9 @@ def convert(
         ExportError: the exporter failed, fixed an axis that was to be dynamic, or gave another opset.
     """
     run = _dynamo if exporter == "dynamo" else _torchscript
-    with quiet() as told:
+    # Older opsets cannot spell the definition that stands beside such a node: there it stays plain operators.
+    nodes = pwlu_nodes(adapter, exporter) if opset_version >= DEFINITION_OPSET else contextlib.nullcontext()
+    with quiet() as told, nodes:
         try:
             model = run(adapter, tuple(example), list(names), list(outputs), dynamic, opset_version)
         except Exception as error:  # an exporter raises whatever it or the traced model stumbles over
@@ -62,6 +66,7 @@ def convert(
             f"the {exporter} exporter gave opset {opset(model)} instead of {opset_version}",
             hint="use --opset 18 or newer",
         )
+    define_operators(model, opset_version)
     _tidy(model)
     _name_dimensions(model, dynamic)
     return model, tuple(dict.fromkeys(told))

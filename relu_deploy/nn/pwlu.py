@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # the name torch's own documentation uses
 
 from relu_deploy.errors import TrainingError
+from relu_deploy.nn.pwlu_export import NodeForm, pwlu_node
 from relu_deploy.nn.pwlu_function import (
     MIN_INTERVAL,
     Parameters,
@@ -77,6 +78,8 @@ class PWLU(nn.Module):
     batches: Tensor
     phase: Tensor
     kernel: Kernel = "blocks"
+    # Set by relu_deploy.nn.pwlu_export.pwlu_nodes alone.
+    node_form: NodeForm | None = None
 
     def __init__(
         self, channels: int | None = None, *, intervals: int = 16, bound: float = 3.0, channel_axis: int = 1
@@ -151,6 +154,8 @@ class PWLU(nn.Module):
         """Apply the unit; in phase I, apply ReLU and (in training mode) take statistics."""
         axis = self._axis(x)
         if not self._collecting:
+            if self.node_form is not None:
+                return pwlu_node(x, self.parameters_in_order(), axis, self.node_form)
             return self._apply_kernel(x, axis)
         if self.training and x.numel():
             self._observe(x, axis)
@@ -311,6 +316,12 @@ class StaticPWLU(nn.Module):
     slopes: Tensor
     offsets: Tensor
     kernel: Kernel = "blocks"
+    # As in PWLU; while it is set, so are the other parameters of one.
+    node_form: NodeForm | None = None
+    right: Tensor
+    values: Tensor
+    slope_left: Tensor
+    slope_right: Tensor
 
     def __init__(self, tables: Tables, *, channels: int | None, channel_axis: int = 1) -> None:
         super().__init__()
@@ -321,6 +332,9 @@ class StaticPWLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the function; shape and dtype of ``x``."""
         axis = _channel_axis(x, self.channels, self.channel_axis)
+        if self.node_form is not None:
+            whole = Parameters(self.left, self.right, self.values, self.slope_left, self.slope_right)
+            return pwlu_node(x, whole, axis, self.node_form)
         tables = Tables(self.left, self.width, self.slopes, self.offsets)
         tables = Tables(*(t.to(torch.promote_types(x.dtype, t.dtype)) for t in tables))
         if plain_wanted(x) or x.requires_grad:
@@ -357,7 +371,9 @@ def _channel_axis(x: Tensor, channels: int | None, axis: int) -> int:
     if channels is None:
         return 0
     found = axis % x.ndim if -x.ndim <= axis < x.ndim else None
-    if found is None or x.shape[found] != channels:
+    # A trace takes sizes for tensors, and warns of every comparison.
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # it is public
+    if found is None or (not tracing and x.shape[found] != channels):
         raise TrainingError(
             f"PWLU of {channels} channels on axis {axis} got input of shape {tuple(x.shape)}",
             hint="set channels and channel_axis to the input's, or channels=None for a whole layer",
