@@ -6,18 +6,20 @@ A name from values is a label for people and reports. It proves nothing, and not
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
+import functools
 
 import numpy as np
 import numpy.typing as npt
 
 from relu_deploy.passes.floats import sample
+from relu_deploy.passes.known import FAMILIES, KNOWN, PROBES, Array, bisect, sigmoid
 from relu_deploy.passes.program import Program
 from relu_deploy.passes.pwl import ONE, ZERO, PiecewiseLinear
 
-Array = npt.NDArray[np.float64]
 _IDENTITY = (ONE, ZERO)
+# A PWLU has 16 intervals as published; one with more is still one. Its breakpoints went through float32.
+MOST_INTERVALS = 256
+GRID_JITTER = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,17 @@ def classify_piecewise_linear(function: PiecewiseLinear) -> Activation:
     count = len(function.breaks)
     where = ", ".join(f"{float(x):.4g}" for x in function.breaks[:4]) + (", ..." if count > 4 else "")
     plural = "" if count == 1 else "s"
-    return Activation(
-        "piecewise_linear", f"piecewise linear with {count} breakpoint{plural} ({where}){shape}", exact=True
-    )
+    kind = "pwlu" if function.is_continuous and _on_a_grid(function) else "piecewise_linear"
+    return Activation(kind, f"piecewise linear with {count} breakpoint{plural} ({where}){shape}", exact=True)
+
+
+def _on_a_grid(function: PiecewiseLinear) -> bool:
+    """Whether three breakpoints or more are equally spaced, as those of a PWLU are; some of them may have vanished."""
+    if not 3 <= len(function.breaks) <= MOST_INTERVALS:
+        return False
+    steps = np.diff(np.array([float(x) for x in function.breaks]))
+    steps = steps / steps.min()
+    return bool(steps.sum() <= MOST_INTERVALS and np.abs(steps - np.round(steps)).max() <= GRID_JITTER)
 
 
 def _one_break(function: PiecewiseLinear) -> Activation | None:
@@ -79,7 +89,8 @@ def _clipped(function: PiecewiseLinear) -> Activation | None:
     """Clipped ReLU, Clip with any other bounds, and HardSigmoid: flat, sloped, flat."""
     if len(function.breaks) != 2 or not function.is_continuous or function.lines[0][0] or function.lines[2][0]:
         return None
-    if (function.lines[0][1], function.lines[2][1]) == (ZERO, ONE) and function.lines[1] != _IDENTITY:
+    rises_through_zero = function.breaks[0] < 0 < function.breaks[1]
+    if (function.lines[0][1], function.lines[2][1]) == (ZERO, ONE) and rises_through_zero:
         ends = " to ".join(f"{float(x):.4g}" for x in function.breaks)
         return Activation("hard_sigmoid", f"HardSigmoid rising from {ends}", exact=True)
     if function.lines[1] != _IDENTITY:
@@ -89,64 +100,120 @@ def _clipped(function: PiecewiseLinear) -> Activation | None:
     return Activation(kind, f"{'clipped ReLU' if low == 0 else 'Clip'} [{low:.6g}, {high:.6g}]", exact=True)
 
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-
-def _sigmoid(x: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-x)))
-
-
-def _elu(x: Array) -> Array:
-    return np.where(x > 0, x, np.expm1(x))
-
-
-_KNOWN: tuple[tuple[str, str, Callable[[Array], Array]], ...] = (
-    ("silu", "SiLU", lambda x: x * _sigmoid(x)),
-    ("gelu_erf", "GELU (erf)", lambda x: x * 0.5 * (1 + _erf(x / math.sqrt(2)))),
-    ("gelu_tanh", "GELU (tanh)", lambda x: x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
-    ("gelu_sigmoid", "GELU (sigmoid, 1.702)", lambda x: x * _sigmoid(1.702 * x)),
-    ("hardswish", "HardSwish", lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
-    ("mish", "Mish", lambda x: x * np.tanh(np.logaddexp(0, x))),
-    ("sigmoid", "Sigmoid", _sigmoid),
-    ("tanh", "Tanh", np.tanh),
-    ("elu", "ELU (alpha 1)", _elu),
-    ("selu", "SELU", lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(x))),
-    ("softplus", "Softplus", lambda x: np.logaddexp(0, x)),
-    ("softsign", "Softsign", lambda x: x / (1 + np.abs(x))),
-    ("erf", "Erf", _erf),
-    ("exp", "Exp", np.exp),
-    ("log", "Log", np.log),
-    ("sqrt", "Sqrt", np.sqrt),
-    ("square", "Square", np.square),
-    ("reciprocal", "Reciprocal", np.reciprocal),
-    ("relu_squared", "ReLU squared", lambda x: np.square(np.maximum(x, 0))),
-)  # fmt: skip
-
-# Odd numbers of points miss 0 nowhere and the kinks at -3 and 3 everywhere, so one wrong constant shows.
-_POINTS = np.linspace(-9.0, 9.0, 401) + 0.01
+# Odd numbers of points miss 0 nowhere and the kinks at -3 and 3 everywhere, so one wrong constant shows; the far ones
+# show what is clipped.
+_NEAR = np.linspace(-9.0, 9.0, 401) + 0.01
+_FAR = np.array([-60.0, -30.0, -20.0, -12.0, 12.0, 20.0, 30.0, 60.0])
+_POINTS = np.concatenate([_NEAR, _FAR])
+_RELU = np.maximum(_POINTS, 0)
+# Relative to max(1, |value|): constants in float16 are off by that much.
+TOLERANCE = 2e-4
+# What is not a multiple of a gated activation but by accident.
+_LEAST_SCALE, _MOST_SCALE = 1e-2, 1e2
 
 
 def classify_samples(program: Program, constants: npt.ArrayLike) -> Activation:
-    """Name one channel of a smooth region by its values at 401 points, to 2e-4: float16 constants are off by that."""
-    values = sample(program, constants, _POINTS)
+    """Name one channel of a smooth region by its values at some 400 points: the nearest known function within 2e-4."""
+    values = sample(program, constants, np.concatenate([_POINTS, PROBES]))
+    values, probes = values[: _POINTS.size], values[_POINTS.size :]
     with np.errstate(all="ignore"):
-        for kind, name, function in _KNOWN:
-            known = function(_POINTS)
-            both = np.isfinite(values) == np.isfinite(known)
-            close = np.abs(values - known) <= 2e-4 * np.maximum(1, np.abs(known))
-            if both.all() and (close | ~np.isfinite(known)).all():
-                return Activation(kind, name, exact=False)
-        return _blend(values) or Activation("unknown", "smooth or not recognised: not piecewise linear", exact=False)
+        found = (
+            _nearest(values) or _member(values, probes, program, constants) or _blend(values, probes) or _scaled(values)
+        )
+    return found or Activation("unknown", "smooth or not recognised: not piecewise linear", exact=False)
 
 
-def _blend(values: Array) -> Activation | None:
+def is_arithmetic(kind: str) -> bool:
+    """Whether a name stands for a step of normalisations and positions, not for an activation.
+
+    >>> is_arithmetic("sqrt"), is_arithmetic("silu")
+    (True, False)
+    """
+    return any(known.arithmetic for known in KNOWN if known.kind == kind)
+
+
+@functools.cache
+def _known_values() -> tuple[Array, ...]:
+    with np.errstate(all="ignore"):
+        return tuple(np.asarray(known.function(_POINTS)) for known in KNOWN)
+
+
+def _error(values: Array, known: Array) -> float:
+    """Largest difference relative to ``max(1, |known|)``; infinite where only one of the two is finite."""
+    finite = np.isfinite(known)
+    if (np.isfinite(values) != finite).any():
+        return np.inf
+    difference = np.abs(values - known)[finite] / np.maximum(1, np.abs(known[finite]))
+    return float(difference.max(initial=0.0))
+
+
+def _nearest(values: Array) -> Activation | None:
+    errors = [_error(values, known) for known in _known_values()]
+    best = int(np.argmin(errors))
+    return Activation(KNOWN[best].kind, KNOWN[best].name, exact=False) if errors[best] <= TOLERANCE else None
+
+
+def _member(values: Array, probes: Array, program: Program, constants: npt.ArrayLike) -> Activation | None:
+    """A function that is known but for its parameters."""
+    if not np.isfinite(probes).all():
+        return None
+    for family in FAMILIES:
+        parameters = family.fit(probes)
+        if parameters is None or _error(values, family.function(_POINTS, *parameters)) > TOLERANCE:
+            continue
+        if family.kind == "elu" and parameters[0] < 1 and _blends_elu(program, constants):
+            return Activation("blend", f"a blend of ReLU and {parameters[0]:.4g} ELU (alpha 1)", exact=False)
+        return Activation(family.kind, family.text.format(*parameters), exact=False)
+    return None
+
+
+def _blends_elu(program: Program, constants: npt.ArrayLike) -> bool:
+    """Whether ReLU and ELU are both steps on the way: as a function, their blend is ELU with a smaller alpha."""
+    elu = next(number for number, known in enumerate(KNOWN) if known.kind == "elu")
+    wanted = [_RELU, _known_values()[elu]]
+    for end in range(1, len(program.steps)):
+        step = sample(dataclasses.replace(program, steps=program.steps[:end]), constants, _POINTS)
+        wanted = [other for other in wanted if _error(step, other) > TOLERANCE]
+    return not wanted
+
+
+def _blend(values: Array, probes: Array) -> Activation | None:
     """``gamma act(x) + (1 - gamma) relu(x)`` for a known ``act``: what an unfinished schedule leaves behind."""
-    relu = np.maximum(_POINTS, 0)
-    for kind, name, function in _KNOWN[:9]:
-        step = function(_POINTS) - relu
-        gamma = float(step @ (values - relu) / (step @ step))
-        if kind not in ("sigmoid", "tanh") and 0 < gamma < 1 and np.abs(relu + gamma * step - values).max() <= 1e-4:
-            return Activation("blend", f"a blend of ReLU and {gamma:.4g} {name}", exact=False)
+    best, text = TOLERANCE, ""
+    for known, act in zip(KNOWN, _known_values(), strict=True):
+        if not known.gated:
+            continue
+        step = act - _RELU
+        gamma = float(step @ (values - _RELU) / (step @ step))
+        error = _error(values, _RELU + gamma * step)
+        if 0 < gamma < 1 and error < best:
+            best, text = error, f"a blend of ReLU and {gamma:.4g} {known.name}"
+    if not text:
+        text = _blend_of_swish(values, probes)
+    return Activation("blend", text, exact=False) if text else None
+
+
+def _blend_of_swish(values: Array, probes: Array) -> str:
+    """The same for Swish with some beta, which two values on the left give away; empty where it is none."""
+    far, near = probes[1] / -2, probes[2] / -1
+    if not 0 < far < near:
+        return ""
+    beta = bisect(lambda b: float(sigmoid(np.array(-2 * b)) / sigmoid(np.array(-b))), float(far / near), 0.05, 50.0)
+    if beta is None:
+        return ""
+    gamma = float(near / sigmoid(np.array(-beta)))
+    blend = _RELU + gamma * (_POINTS * sigmoid(beta * _POINTS) - _RELU)
+    if not 0 < gamma < 1 or _error(values, blend) > TOLERANCE:
+        return ""
+    return f"a blend of ReLU and {gamma:.4g} Swish with beta {beta:.4g}"
+
+
+def _scaled(values: Array) -> Activation | None:
+    """A multiple of an activation whose scale is one with its own constants: ``x * 0.51 * (1 + erf(...))``."""
+    for known, act in zip(KNOWN, _known_values(), strict=True):
+        scale = float(act @ values / (act @ act)) if known.gated and np.isfinite(values).all() else 0.0
+        if _LEAST_SCALE <= scale <= _MOST_SCALE and _error(values / scale, act) <= TOLERANCE:
+            return Activation(f"scaled_{known.kind}", f"{scale:.4g} times {known.name}", exact=False)
     return None
 
 
@@ -159,5 +226,19 @@ def summary(kinds: list[Activation], channels: int) -> Activation:
     exact = all(kind.exact for kind in kinds)
     if set(names) <= {"leaky_relu", "relu", "identity"} and "leaky_relu" in names:
         return Activation("prelu", f"PReLU with its own slope for each of {channels} channels", exact=exact)
-    kind = names[0] if len(names) == 1 else "mixed"
+    kind = next((name for name, others in _CONTAINS.items() if name in names and set(names) <= others), "mixed")
+    kind = names[0] if len(names) == 1 else kind
     return Activation(kind, f"not the same in all {channels} channels: {', '.join(names)}", exact=exact)
+
+
+# A layer whose channels have these names is a layer of the first one, with special cases among its channels.
+_GATED = {known.kind for known in KNOWN if known.gated}
+_PIECES = {"piecewise_linear", "relu", "leaky_relu", "clipped_relu", "relu6", "clip", "identity", "affine"}
+_CONTAINS = {
+    "pwlu": {"pwlu", *_PIECES},
+    "piecewise_linear": _PIECES,
+    "swish": {"swish", "silu", "gelu_sigmoid"},
+    "blend": {"blend", "relu", "leaky_relu", "elu", "swish", *_GATED},
+    "clipped_relu": {"clipped_relu", "relu6", "relu"},
+    "elu": {"elu", "relu"},
+}

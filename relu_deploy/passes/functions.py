@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from relu_deploy.passes.classify import Activation, classify_piecewise_linear, classify_samples, summary
+from relu_deploy.passes.classify import (
+    Activation,
+    classify_piecewise_linear,
+    classify_samples,
+    is_arithmetic,
+    summary,
+)
 from relu_deploy.passes.floats import FLOAT_TYPES
 from relu_deploy.passes.lower import UnsupportedError
 from relu_deploy.passes.program import Program
@@ -21,8 +27,8 @@ from relu_deploy.passes.symbolic import evaluate
 
 # Distinct channels that are named one by one in a report.
 NAMED_CHANNELS = 8
-# What is no activation: scales and shifts, and the arithmetic of normalisations.
-NOT_ACTIVATIONS = ("identity", "affine", "constant", "relu", "square", "sqrt", "reciprocal", "exp", "log")
+# What is no activation, or one already.
+NOT_ACTIVATIONS = ("identity", "affine", "constant", "relu")
 _AFFINE_OPS = ("Add", "Sub", "Mul", "Div", "Neg", "Identity", "Dropout", "Cast", "Sum")
 
 
@@ -132,7 +138,7 @@ class Functions:
             assert cut.parent is not None  # noqa: S101 - roots have no segment
             longer = self.label(program_between(cut.parent, followers[0], same_shape=False))
             label = longer if longer.kind != "unknown" else label
-        return None if label.kind in NOT_ACTIVATIONS else label
+        return None if label.kind in NOT_ACTIVATIONS or is_arithmetic(label.kind) else label
 
     def gates(self) -> list[Cut]:
         """Products of two live tensors, one of which an activation made."""
