@@ -9,6 +9,7 @@ import onnx
 import onnx.inliner
 
 from calib.errors import first_line
+from relu_deploy import ops
 from relu_deploy.errors import ModelError
 from relu_deploy.graph import check_model, export_graph, import_graph
 from relu_deploy.passes import PIPELINE
@@ -69,7 +70,8 @@ def rewrite(
     """
     source = onnx.ModelProto()
     source.CopyFrom(model)
-    inlined = tuple(f"{function.domain}.{function.name}" for function in source.functions)
+    # Our own operators are what passes look for; their definitions are for runtimes.
+    inlined = tuple(f"{f.domain}.{f.name}" for f in source.functions if f.domain != ops.DOMAIN)
     if inlined:
         source = _inline(source)
     result, reports = _apply(source)
@@ -86,7 +88,8 @@ def rewrite(
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """Unfold local functions. The checker does not compare a call with the function's own inputs; this does."""
     try:
-        return onnx.inliner.inline_local_functions(model)
+        ours = [(function.domain, function.name) for function in model.functions if function.domain == ops.DOMAIN]
+        return onnx.inliner.inline_selected_functions(model, ours, exclude=True)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
             f"a local function of the network cannot be unfolded: {first_line(error)}",
