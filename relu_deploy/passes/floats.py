@@ -5,7 +5,8 @@ Real arithmetic says that ``0 * f(x)`` is 0; a float says NaN where ``f`` overfl
 intermediate gets an interval and a bound of its rounding error, with infinities and NaN followed as IEEE 754 does.
 
 The result of a smooth function carries no error of its own: the symbolic proof holds for *any* value of an atom,
-hence for the float that the runtime really computed (each step of a program is computed once and is one atom).
+hence for the float that the runtime really computed (each step of a program is computed once and is one atom). A floor
+is no such atom, since the proof knows what it is: an argument that is off may land it on another integer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from relu_deploy.passes.program import Program, Step
+from relu_deploy.passes.program import INTEGER, Program, Step
 
 Array = npt.NDArray[np.float64]
 
@@ -140,7 +141,12 @@ def _apply(step: Step, args: list[Interval], channels: Array, kind: FloatType) -
         row = channels[int(step.param)][:, None]
         return Interval(row, row, np.zeros_like(row))
     if step.op == "fn":
-        return _fn(str(step.param), args[0], kind)
+        rule_of = _integer_fn if step.param in INTEGER else _fn
+        return rule_of(str(step.param), args[0], kind)
+    if step.op == "lookup" and isinstance(step.param, bytes):
+        return _lookup(np.frombuffer(step.param), args[0])
+    if step.op in ("random", "bernoulli"):
+        return _random(step.op, args, kind)
     rules: dict[str, Callable[..., Interval]] = {
         "add": _add, "mul": _mul, "div": _div, "max": _max, "min": _min, "select": _select,
         "gt": _compare(lambda lo: lo > 0, lambda hi: hi <= 0),
@@ -269,6 +275,59 @@ _RISING: dict[str, Callable[[Array], Array]] = {
 _BOUNDED = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "erf": (-1.0, 1.0), "softsign": (-1.0, 1.0)}
 
 
+def _integer_fn(name: str, a: Interval, kind: FloatType) -> Interval:  # noqa: ARG001 - as _fn
+    """A rounding to integers: without error where the argument has none, or stays between two steps."""
+    function = _RISING[name]
+    lo, hi = function(a.lo), function(a.hi)
+    low, high = function(a.lo - a.err), function(a.hi + a.err)
+    return Interval(lo, hi, np.where((a.err == 0) | (low == high), 0.0, np.maximum(high - low, 1.0)))
+
+
+def _lookup(table: Array, index: Interval) -> Interval:
+    """The range of the entries that an index can mean; an index that is off by rounding may mean any of them."""
+    size = len(table)
+    low, high = np.rint(index.lo - index.err), np.rint(index.hi + index.err)
+    legal = (low >= -size) & (high < size)
+    spread = _Extremes(np.concatenate([table, table]))
+    first, last = (np.where(legal, end, 0).astype(np.int64) + size for end in (low, high))
+    lo, hi = spread.between(first, last)
+    lo, hi = np.where(legal, lo, np.nan), np.where(legal, hi, np.nan)
+    return Interval(lo, hi, np.where(index.err == 0, 0.0, hi - lo))
+
+
+class _Extremes:
+    """Minimum and maximum of any stretch of an array, from those of stretches of every power of two."""
+
+    def __init__(self, values: Array) -> None:
+        self._levels = [(values, values)]
+        while (width := 1 << len(self._levels)) <= len(values):
+            (low, high), half = self._levels[-1], width // 2
+            self._levels.append((np.minimum(low[:-half], low[half:]), np.maximum(high[:-half], high[half:])))
+
+    def between(self, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> tuple[Array, Array]:
+        """Extremes of ``values[first..last]``, both ends included."""
+        lo, hi = np.empty(first.shape), np.empty(first.shape)
+        levels = np.frexp(last - first + 1)[1] - 1
+        for level in np.unique(levels):
+            here = levels == level
+            low, high = self._levels[level]
+            left, right = first[here], last[here] + 1 - (1 << int(level))
+            lo[here], hi[here] = np.minimum(low[left], low[right]), np.maximum(high[left], high[right])
+        return lo, hi
+
+
+def _random(op: str, args: list[Interval], kind: FloatType) -> Interval:
+    """A draw: any float of ``[low, high)``; or 0 or 1, which is the probability itself where that is 0 or 1."""
+    if op == "bernoulli":
+        certain = _is(args[0], 0.0, 1.0)
+        return Interval(
+            np.where(certain, args[0].lo, 0.0), np.where(certain, args[0].hi, 1.0), np.zeros_like(args[0].err)
+        )
+    low, high = args
+    below = high.hi - np.abs(high.hi) * kind.unit
+    return Interval(low.lo, np.maximum(low.lo, below), np.zeros_like(low.lo))
+
+
 def _fn(name: str, a: Interval, kind: FloatType) -> Interval:
     """Range of a smooth function over the floats that can reach it, and a few units for the runtime's accuracy."""
     low, high = a.lo - a.err, a.hi + a.err
@@ -278,7 +337,7 @@ def _fn(name: str, a: Interval, kind: FloatType) -> Interval:
         return Interval(-top if wave else np.ones_like(top), top, np.zeros_like(top))
     function = _RISING[name]
     lo, hi = function(low), function(high)
-    if name not in ("floor", "ceil", "round", "integer") and kind.unit > 2.0**-50:
+    if kind.unit > 2.0**-50:
         low_end, high_end = _BOUNDED.get(name, (-np.inf, np.inf))
         lo = np.maximum(lo - np.abs(lo) * 8 * kind.unit, low_end)
         hi = np.minimum(hi + np.abs(hi) * 8 * kind.unit, high_end)

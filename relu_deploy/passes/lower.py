@@ -39,6 +39,7 @@ class Call:
         types: ONNX type of each input, 0 where it is not known.
         root_type: ONNX type of the region's input.
         integers: Whether a side constant is of an integer type.
+        name: The node's.
     """
 
     build: Builder
@@ -47,6 +48,7 @@ class Call:
     types: list[int]
     root_type: int
     integers: bool
+    name: str = ""
 
     def arg(self, index: int = 0) -> int:
         """Step of a required input."""
@@ -228,6 +230,11 @@ def _dropout(call: Call) -> int:
     return call.arg()
 
 
+def _random_like(call: Call) -> int:
+    """A draw for each element of a tensor, of which only the shape is read."""
+    return call.build.step("random", call.attr("low", 0.0), call.attr("high", 1.0), param=call.name)
+
+
 def _fn(name: str) -> Callable[[Call], int]:
     return lambda call: call.build.fn(name, call.arg())
 
@@ -242,7 +249,8 @@ def _swapped(op: str) -> Callable[[Call], int]:
 
 LOWERINGS: dict[str, Callable[[Call], int]] = {
     "Abs": lambda call: call.build.step("max", call.arg(), call.build.neg(call.arg())),
-    "Add": _many("add"), "And": _and, "Asinh": _fn("asinh"), "Atan": _fn("atan"), "Cast": _cast,
+    "Add": _many("add"), "And": _and, "Asinh": _fn("asinh"), "Atan": _fn("atan"),
+    "Bernoulli": lambda call: call.build.step("bernoulli", call.arg(), param=call.name), "Cast": _cast,
     "Ceil": _fn("ceil"), "Celu": _celu, "Clip": _clip, "Cos": _fn("cos"), "Cosh": _fn("cosh"), "Div": _div,
     "Dropout": _dropout, "Elu": lambda call: _elu(call.build, call.arg(), call.attr("alpha", 1.0)),
     "Equal": _many("eq"), "Erf": _fn("erf"), "Exp": _fn("exp"), "Floor": _fn("floor"), "Gelu": _gelu,
@@ -253,6 +261,7 @@ LOWERINGS: dict[str, Callable[[Call], int]] = {
     "Less": _swapped("gt"), "LessOrEqual": _swapped("ge"), "Log": _fn("log"), "Max": _many("max"), "Mean": _mean,
     "Min": _many("min"), "Mish": _mish, "Mul": _many("mul"), "Neg": lambda call: call.build.neg(call.arg()),
     "Not": _not, "Or": _many("max"), "PRelu": lambda call: _leaky(call.build, call.arg(0), call.arg(1)), "Pow": _pow,
+    "RandomUniformLike": _random_like,
     "Reciprocal": lambda call: call.build.step("div", call.build.const(1.0), call.arg()),
     "Relu": lambda call: _relu(call.build, call.arg()), "Round": _fn("round"), "Selu": _selu, "Shrink": _shrink,
     "Sigmoid": _fn("sigmoid"), "Sign": _sign, "Sin": _fn("sin"), "Sinh": _fn("sinh"), "Softplus": _fn("softplus"),

@@ -1,4 +1,4 @@
-"""A region as a straight-line program over ten primitives, so that each analysis has ten rules and not one an operator.
+"""A region as a straight-line program over a dozen primitives, so that each analysis has a rule for each of them only.
 
 Constants are scalars or vectors with one entry a channel; everything else is a function of the one input ``x``.
 """
@@ -15,6 +15,8 @@ SMOOTH = (
     "exp", "log", "sqrt", "erf", "tanh", "sigmoid", "softplus", "softsign", "atan", "asinh", "sinh",
     "sin", "cos", "cosh", "floor", "ceil", "round", "float16", "bfloat16", "integer", "cube",
 )  # fmt: skip
+# Those of them that give integers: rising, and each integer is its own image.
+INTEGER = ("floor", "ceil", "round", "integer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +25,16 @@ class Step:
 
     Attributes:
         op: One of ``x``, ``const``, ``add``, ``mul``, ``div``, ``max``, ``min``, ``gt``, ``ge``, ``eq``, ``select``
-        (condition, yes, no) or ``fn``. args: Indices of earlier steps.
-        param: For ``const`` the row of ``Program.constants``; for ``fn`` one of ``SMOOTH``.
+            (condition, yes, no), ``fn``, ``lookup`` (index, from 0; a negative one counts from the end), ``random``
+            (low, high: a draw from ``[low, high)``) or ``bernoulli`` (probability of 1).
+        args: Indices of earlier steps.
+        param: For ``const`` the row of ``Program.constants``; for ``fn`` one of ``SMOOTH``; for ``lookup`` the table,
+            float64 in bytes; for ``random`` and ``bernoulli`` the node, since two draws are not one.
     """
 
     op: str
     args: tuple[int, ...] = ()
-    param: int | str = 0
+    param: int | str | bytes = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Program:
         steps: The primitives; equal steps are one step.
         constants: Shape ``(number of constants, channels)``, float64; ``channels`` is 1 when none varies.
         origin: For each step, the node of the graph that it came from.
+        axis: Where the channels are, counted from the last axis (-1); None where no constant varies.
     """
 
     steps: tuple[Step, ...]
     constants: np.ndarray
     origin: tuple[str, ...]
+    axis: int | None = None
 
     def channels(self) -> np.ndarray:
         """The distinct columns of ``constants``, shape ``(constants, distinct channels)``."""
@@ -63,7 +70,7 @@ class Builder:
         self._constants: list[np.ndarray] = []
         self._rows: dict[tuple[int, bytes], int] = {}
 
-    def step(self, op: str, *args: int, param: int | str = 0) -> int:
+    def step(self, op: str, *args: int, param: int | str | bytes = 0) -> int:
         """Add one primitive and return its index. Sides that commute in floats too are put in order."""
         step = Step(op, tuple(sorted(args)) if op in ("add", "mul", "max", "min", "eq") else args, param)
         if step not in self._steps:
@@ -97,11 +104,15 @@ class Builder:
             result = self.step(op, result, arg)
         return result
 
-    def finish(self, result: int) -> Program:
-        """Close the program; steps after ``result`` are dropped."""
+    def lookup(self, table: np.ndarray, index: int) -> int:
+        """``table[index]``, one table for all channels."""
+        return self.step("lookup", index, param=np.asarray(table, dtype=np.float64).tobytes())
+
+    def finish(self, result: int, axis: int | None = None) -> Program:
+        """Close the program; steps after ``result`` are dropped. ``axis`` is that of the channels."""
         width = max((row.size for row in self._constants), default=1)
         table = np.empty((len(self._constants), width))
         for index, row in enumerate(self._constants):
             table[index] = row
         steps = tuple(self._steps)[: result + 1]
-        return Program(steps, table, tuple(self._origin[: result + 1]))
+        return Program(steps, table, tuple(self._origin[: result + 1]), axis if width > 1 else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
@@ -76,12 +77,27 @@ class PiecewiseLinear:
         return all(slope == 0 for slope, _ in self.lines)
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether its values stay between two numbers: both outer pieces are flat."""
+        return self.lines[0][0] == 0 == self.lines[-1][0]
+
+    @property
     def is_continuous(self) -> bool:
         """Whether no breakpoint is a jump."""
         return all(
             point == a * x + b == c * x + d
             for x, point, (a, b), (c, d) in zip(self.breaks, self.points, self.lines[:-1], self.lines[1:], strict=True)
         )
+
+    @property
+    def largest_jump(self) -> Fraction:
+        """How far apart two of the left limit, the value and the right limit are, at worst; 0 where it is continuous.
+
+        A table of rounded slopes and offsets gives a function that is off by that rounding at each of its points.
+        """
+        sides = zip(self.breaks, self.points, self.lines[:-1], self.lines[1:], strict=True)
+        triples = [(point, a * x + b, c * x + d) for x, point, (a, b), (c, d) in sides]
+        return max((max(triple) - min(triple) for triple in triples), default=ZERO)
 
     def plus(self, other: PiecewiseLinear) -> PiecewiseLinear:
         """``self + other``."""
@@ -113,6 +129,59 @@ class PiecewiseLinear:
             raise NotPiecewiseLinearError("the reciprocal of this function is not piecewise linear")
         lines = tuple((ZERO, 1 / value) for _, value in self.lines)
         return PiecewiseLinear(self.breaks, tuple(1 / point for point in self.points), lines)
+
+    def mapped(self, value_of: Callable[[Fraction], Fraction]) -> PiecewiseLinear:
+        """``value_of(self(x))`` for a step function.
+
+        Raises:
+            NotPiecewiseLinearError: it is not one.
+        """
+        if not self.is_step:
+            raise NotPiecewiseLinearError("only the values of a step function can be mapped one by one")
+        lines = [(ZERO, value_of(value)) for _, value in self.lines]
+        return _canonical(list(self.breaks), [value_of(point) for point in self.points], lines)
+
+    def rounded(self, integer_of: Callable[[Fraction], int]) -> PiecewiseLinear:
+        """``integer_of(self(x))`` for a rising function that changes only at integers and half integers.
+
+        Raises:
+            NotPiecewiseLinearError: ``self`` is not bounded, or there are more than ``MAX_BREAKS`` steps.
+        """
+        if not self.is_bounded:
+            raise NotPiecewiseLinearError("a rounded function that is not bounded has no end of steps")
+        spots: set[Fraction] = set()
+        for index, (slope, intercept) in enumerate(self.lines):
+            if slope:
+                ends = sorted(2 * (slope * x + intercept) for x in self.breaks[index - 1 : index + 1])
+                if ends[1] - ends[0] > 2 * MAX_BREAKS:
+                    raise NotPiecewiseLinearError(f"more than {MAX_BREAKS} breakpoints")
+                halves = range(math.ceil(ends[0]), math.floor(ends[1]) + 1)
+                spots |= {(Fraction(half, 2) - intercept) / slope for half in halves}
+        breaks, lines, points = self._refined(spots)
+        values = [slope * _inside(breaks, index) + intercept for index, (slope, intercept) in enumerate(lines)]
+        flat = [(ZERO, Fraction(integer_of(value))) for value in values]
+        return _canonical(breaks, [Fraction(integer_of(point)) for point in points], flat)
+
+    def distance(self, other: PiecewiseLinear, low: Fraction, high: Fraction) -> Fraction:
+        """``sup |self - other|`` over ``low <= x <= high``, exactly.
+
+        >>> PiecewiseLinear.identity().distance(RELU, Fraction(-3), Fraction(1))
+        Fraction(3, 1)
+        """
+        difference = self.minus(other)
+        first, last = bisect.bisect_left(difference.breaks, low), bisect.bisect_right(difference.breaks, high)
+        inner = difference.breaks[first:last]
+        # A piece that only touches the domain in one point, which then is a breakpoint, has no share in it.
+        ends = [low, *inner, high]
+        pieces = [
+            abs(slope * x + intercept)
+            for (slope, intercept), left, right in zip(
+                difference.lines[first : last + 1], ends[:-1], ends[1:], strict=True
+            )
+            if left < right
+            for x in (left, right)
+        ]
+        return max([abs(difference(low)), abs(difference(high)), *map(abs, difference.points[first:last]), *pieces])
 
     def greater(self) -> PiecewiseLinear:
         """1 where ``self > 0``, else 0."""

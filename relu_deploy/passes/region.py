@@ -9,16 +9,30 @@ logarithmic, and the whole linear in the size of the graph up to that logarithm.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator
 
 import numpy as np
-import onnx
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from relu_deploy.passes.lower import LOWERINGS, Call, UnsupportedError
+from relu_deploy.passes.operands import (
+    STANDARD,
+    constant_shape,
+    constant_values,
+    draw,
+    fill,
+    is_constant,
+    live_inputs,
+    one_axis,
+    onnx_type,
+)
 from relu_deploy.passes.program import Builder, Program
+from relu_deploy.passes.tables import lower_table, reads_table
+
+__all__ = [
+    "MAX_NODES", "Cut", "Forest", "constant_values", "find_regions", "nodes_between", "onnx_type", "program_between",
+]  # fmt: skip
 
 # An activation has under twenty nodes, a learned one spelled out some hundred.
 MAX_NODES = 256
@@ -58,22 +72,6 @@ class Forest:
     exits: list[Cut]
 
 
-def constant_values(tensor: gs.Tensor) -> np.ndarray | None:
-    """Values of a constant tensor, whether an initializer or the output of a Constant node; None for a live one."""
-    if isinstance(tensor, gs.Constant):
-        return np.asarray(tensor.values)
-    value = tensor.inputs[0].attrs.get("value") if _is_constant(tensor) else None
-    return np.asarray(value.values) if isinstance(value, gs.Constant) else None
-
-
-def onnx_type(tensor: gs.Tensor) -> int:
-    """ONNX type number of a tensor; 0 where it is not known."""
-    dtype = tensor.dtype
-    if dtype is None or isinstance(dtype, int):
-        return dtype or 0
-    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
-
-
 def find_regions(graph: gs.Graph) -> Forest:
     """Build the forest of a topologically sorted graph; its subgraphs are not entered.
 
@@ -84,10 +82,14 @@ def find_regions(graph: gs.Graph) -> Forest:
         The forest. Roots appear only where an elementwise node reads them.
     """
     cuts: dict[int, Cut] = {}
+    free: set[int] = set()  # tensors that elementwise nodes make of fills and draws alone
     for node in graph.nodes:
         if not _is_elementwise(node):
             continue
-        live = [_cut_of(tensor, cuts) for tensor in _live_inputs(node)]
+        live = [_cut_of(tensor, cuts) for tensor in live_inputs(node) if id(tensor) not in free]
+        if not live:
+            free.add(id(node.outputs[0]))
+            continue
         parent: Cut | None = live[0]
         for other in live[1:]:
             parent = _common(parent, other) if parent else None
@@ -114,19 +116,10 @@ def program_between(top: Cut, bottom: Cut, *, same_shape: bool = True) -> Progra
     Raises:
         UnsupportedError: an operator in between is used in a way that has no lowering, or it may change the shape.
     """
-    build = Builder()
-    steps = {id(top.tensor): build.step("x")}
-    axes: dict[int, int] = {}
+    lowering = Lowering(top.tensor, same_shape=same_shape)
     for node in nodes_between(top, bottom):
-        build.node = node.name
-        if same_shape:
-            for tensor in node.inputs:
-                _check_broadcast(tensor, top.tensor)
-        args = [_argument(tensor, steps, build, top.tensor, axes) for tensor in node.inputs]
-        integers = any(_is_integer_constant(tensor) for tensor in node.inputs)
-        call = Call(build, args, node.attrs, [onnx_type(t) for t in node.inputs], onnx_type(top.tensor), integers)
-        steps[id(node.outputs[0])] = LOWERINGS[node.op](call)
-    return build.finish(steps[id(bottom.tensor)])
+        lowering.add(node)
+    return lowering.finish(bottom.tensor)
 
 
 def nodes_between(top: Cut, bottom: Cut) -> list[gs.Node]:
@@ -145,51 +138,97 @@ def nodes_between(top: Cut, bottom: Cut) -> list[gs.Node]:
         if len(seen) > MAX_NODES:
             raise UnsupportedError(f"more than {MAX_NODES} nodes")
         stack.append((tensor, True))
-        stack.extend((other, False) for other in _live_inputs(tensor.inputs[0]))
+        stack.extend((other, False) for other in live_inputs(tensor.inputs[0]))
     return order
 
 
-def _argument(
-    tensor: gs.Tensor, steps: dict[int, int], build: Builder, root: gs.Tensor, axes: dict[int, int]
-) -> int | None:
-    """Step of one input of a node: live, constant, or left out."""
-    if tensor.is_empty():
-        return None
-    if id(tensor) in steps:
-        return steps[id(tensor)]
-    values = constant_values(tensor)
-    if values is None:
-        raise UnsupportedError(f"{tensor.name} is neither constant nor a function of {root.name}")
-    if values.dtype.kind not in "fiub" and str(values.dtype) != "bfloat16":
-        raise UnsupportedError(f"constant {tensor.name} is not of a numeric type")
-    wide = [axis - values.ndim for axis, size in enumerate(values.shape) if size != 1]
-    if wide and axes.setdefault(values.shape[wide[0]], wide[0]) != wide[0]:
-        raise UnsupportedError("side constants vary along two different axes")
-    if len(axes) > 1:
-        raise UnsupportedError("side constants of different lengths")
-    numbers = np.asarray(values, dtype=np.float64)
-    if np.isnan(numbers).any():
-        raise UnsupportedError(f"constant {tensor.name} holds NaN")
-    return build.const(numbers)
+class Lowering:
+    """A program in the making.
 
+    Attributes:
+        build: Where its steps go.
+    """
 
-def _check_broadcast(tensor: gs.Tensor, root: gs.Tensor) -> None:
-    """Refuse a constant that may give the result another shape than ``root``."""
-    values = None if tensor.is_empty() else constant_values(tensor)
-    if values is None:
-        return
-    shape, rank = root.shape, len(root.shape) if root.shape is not None else 0
-    if values.ndim > rank:
-        what = f"has rank {rank}" if shape is not None else "is of unknown rank"
-        raise UnsupportedError(
-            f"constant {tensor.name} has rank {values.ndim} and {root.name} {what}: the shape may change"
-        )
-    for axis, size in enumerate(values.shape, start=-values.ndim):
-        if size != 1 and shape[axis] != size:
-            raise UnsupportedError(
-                f"constant {tensor.name} has {size} entries along an axis where {root.name} has {shape[axis]}: "
-                "the shape may change"
+    def __init__(self, root: gs.Tensor, *, same_shape: bool) -> None:
+        self.build = Builder()
+        self._root = root
+        self._same_shape = same_shape
+        self._steps = {id(root): self.build.step("x")}
+        self._axes: dict[int, int] = {}
+
+    def add(self, node: gs.Node) -> None:
+        """Lower one node, whose live inputs have been lowered."""
+        self.build.node = node.name
+        if reads_table(node):
+            self._steps[id(node.outputs[0])] = lower_table(node, self)
+            return
+        args = [None if tensor.is_empty() else self.argument(tensor) for tensor in node.inputs]
+        types = [onnx_type(tensor) for tensor in node.inputs]
+        integers = any(_is_integer_constant(tensor) for tensor in node.inputs)
+        call = Call(self.build, args, node.attrs, types, onnx_type(self._root), integers, node.name)
+        self._steps[id(node.outputs[0])] = LOWERINGS[node.op](call)
+
+    def finish(self, result: gs.Tensor) -> Program:
+        """The program that ends in a tensor."""
+        return self.build.finish(self._steps[id(result)], next(iter(self._axes.values()), None))
+
+    def argument(self, tensor: gs.Tensor) -> int:
+        """Step of one input of a node: live, constant, filled with one number, or drawn at random."""
+        if id(tensor) in self._steps:
+            return self._steps[id(tensor)]
+        values, filled, drawn = constant_values(tensor), fill(tensor), draw(tensor)
+        if values is not None:
+            self._check_broadcast(tensor.name, values.shape)
+        elif filled is not None:
+            values, like = filled
+            if self._same_shape and (like is None or id(like) not in self._steps):
+                raise UnsupportedError(f"{tensor.name} is filled at run time: the shape may change")
+        elif drawn is not None:
+            self._check_broadcast(tensor.name, tuple(drawn.attrs.get("shape", ())))
+            ends = (
+                self.build.const(float(np.float32(drawn.attrs.get(end, i)))) for i, end in enumerate(("low", "high"))
             )
+            return self.build.step("random", *ends, param=drawn.name)
+        else:
+            raise UnsupportedError(f"{tensor.name} is neither constant nor a function of {self._root.name}")
+        return self._constant(tensor.name, values)
+
+    def channels(self, values: npt.ArrayLike, axis: int) -> int:
+        """Step of a constant with one entry a channel, or one for all, along ``axis`` counted from the last (-1)."""
+        row = np.asarray(values, dtype=np.float64).reshape(-1)
+        if row.size > 1:
+            if self._axes.setdefault(row.size, axis) != axis:
+                raise UnsupportedError("side constants vary along two different axes")
+            if len(self._axes) > 1:
+                raise UnsupportedError("side constants of different lengths")
+        return self.build.const(row)
+
+    def _constant(self, name: str, values: np.ndarray) -> int:
+        if values.dtype.kind not in "fiub" and str(values.dtype) != "bfloat16":
+            raise UnsupportedError(f"constant {name} is not of a numeric type")
+        numbers = np.asarray(values, dtype=np.float64)
+        if np.isnan(numbers).any():
+            raise UnsupportedError(f"constant {name} holds NaN")
+        wide = [axis - values.ndim for axis, size in enumerate(values.shape) if size != 1]
+        return self.channels(numbers, wide[0] if wide else -1)
+
+    def _check_broadcast(self, name: str, given: tuple[int, ...]) -> None:
+        """Refuse a constant that may give the result another shape than the root."""
+        if not self._same_shape:
+            return
+        root = self._root
+        shape, rank = root.shape, len(root.shape) if root.shape is not None else 0
+        if len(given) > rank:
+            what = f"has rank {rank}" if shape is not None else "is of unknown rank"
+            raise UnsupportedError(
+                f"constant {name} has rank {len(given)} and {root.name} {what}: the shape may change"
+            )
+        for axis, size in enumerate(given, start=-len(given)):
+            if size != 1 and shape[axis] != size:
+                raise UnsupportedError(
+                    f"constant {name} has {size} entries along an axis where {root.name} has {shape[axis]}: "
+                    "the shape may change"
+                )
 
 
 def _cut_of(tensor: gs.Tensor, cuts: dict[int, Cut]) -> Cut:
@@ -226,30 +265,22 @@ def _leaves(cut: Cut, outputs: set[int], inside: dict[int, Cut]) -> bool:
     return id(cut.tensor) in outputs or any(id(node) not in inside for node in readers)
 
 
-def _live_inputs(node: gs.Node) -> Iterator[gs.Tensor]:
-    """Inputs that are known only at run time."""
-    return (t for t in node.inputs if not t.is_empty() and not isinstance(t, gs.Constant) and not _is_constant(t))
-
-
-def _is_constant(tensor: gs.Tensor) -> bool:
-    return len(tensor.inputs) == 1 and tensor.inputs[0].op == "Constant"
-
-
 def _is_integer_constant(tensor: gs.Tensor) -> bool:
-    values = tensor if isinstance(tensor, gs.Constant) else None
-    return values is not None and onnx_type(values) in (TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8)
+    integers = (TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8)
+    return isinstance(tensor, gs.Constant) and onnx_type(tensor) in integers
 
 
 def _is_elementwise(node: gs.Node) -> bool:
-    """A standard elementwise node with one used output and side inputs that vary along one axis at most."""
-    if node.op not in LOWERINGS or node.domain not in (None, "", "ai.onnx") or not node.outputs:
+    """An elementwise node with one used output and side inputs that vary along one axis at most."""
+    if not node.outputs or any(not t.is_empty() and t.outputs for t in node.outputs[1:]):
         return False
-    if any(not t.is_empty() and t.outputs for t in node.outputs[1:]) or not any(True for _ in _live_inputs(node)):
+    if reads_table(node):
+        return True
+    if (
+        node.op not in LOWERINGS
+        or node.domain not in STANDARD
+        or all(t.is_empty() or is_constant(t) for t in node.inputs)
+    ):
         return False
-    constants = (t if isinstance(t, gs.Constant) else t.inputs[0].attrs.get("value")
-                 for t in node.inputs if isinstance(t, gs.Constant) or _is_constant(t))  # fmt: skip
-    return all(isinstance(c, gs.Constant) and _one_axis(tuple(c.shape)) for c in constants)
-
-
-def _one_axis(shape: tuple[int, ...]) -> bool:
-    return math.prod(shape) > 0 and sum(size != 1 for size in shape) <= 1
+    shapes = (constant_shape(tensor) for tensor in node.inputs if is_constant(tensor))
+    return all(shape is not None and one_axis(shape) for shape in shapes)

@@ -11,8 +11,9 @@ import onnx.inliner
 from calib.errors import first_line
 from relu_deploy import ops
 from relu_deploy.errors import ModelError
-from relu_deploy.graph import check_model, export_graph, import_graph
+from relu_deploy.graph import all_nodes, check_model, export_graph, import_graph
 from relu_deploy.passes import PIPELINE
+from relu_deploy.passes.bernoulli import spell_out_bernoulli
 from relu_deploy.passes.certificate import is_exact
 from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.verify import Feed, Verification, compare
@@ -23,6 +24,7 @@ from relu_deploy.report import PassReport, Skip
 MAX_ROUNDS = 8
 # Passes that move values and compute none, or compute them by ONNX Runtime itself: not one bit may change.
 _EXACT = ("inline_functions", "fold_constants", "remove_identities", "remove_dead_nodes")
+_DRAWS = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ def rewrite(
     # Our own operators are what passes look for; their definitions are for runtimes.
     inlined = tuple(f"{f.domain}.{f.name}" for f in source.functions if f.domain != ops.DOMAIN)
     if inlined:
-        source = _inline(source)
+        source = inline_functions(source)
     result, reports = _apply(source)
     reports = [PassReport("inline_functions", inlined), *reports] if inlined else reports
     exact = all(_is_exact(report) for report in reports)
@@ -81,12 +83,27 @@ def rewrite(
     if not any(report.changed for report in reports):
         return model, RewriteReport(tuple(reports), before, before, exact, None)
     check_model(result, "the rewritten network")
-    checked = compare(model, result, exact=exact, samples=samples, seed=seed) if verify else None
+    spelled = spell_out_bernoulli(source)
+    reference = model if spelled is source else spelled
+    checked = _verify(reference, result, exact=exact, samples=samples, seed=seed) if verify else None
     return result, RewriteReport(tuple(reports), before, len(result.graph.node), exact, checked)
 
 
-def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Unfold local functions. The checker does not compare a call with the function's own inputs; this does."""
+def _verify(
+    model: onnx.ModelProto, result: onnx.ModelProto, *, exact: bool, samples: Sequence[Feed] | None, seed: int
+) -> Verification:
+    """Compare the two, unless what is left draws at random: then two runs of one network differ."""
+    if any(node.op_type in _DRAWS for node in all_nodes(result.graph)):
+        return Verification(0, note="the network draws at random, so two runs of it differ")
+    return compare(model, result, exact=exact, samples=samples, seed=seed)
+
+
+def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Unfold local functions but our own. The checker does not compare a call with the function's inputs; this does.
+
+    Raises:
+        ModelError: a local function and its calls do not fit together.
+    """
     try:
         ours = [(function.domain, function.name) for function in model.functions if function.domain == ops.DOMAIN]
         return onnx.inliner.inline_selected_functions(model, ours, exclude=True)

@@ -3,6 +3,10 @@
 ``1 * relu(x) + 0 * silu(x)`` becomes ``relu(x)`` because the coefficient of the atom is the zero function, and
 ``silu(x) + (relu(x) - silu(x))`` because the two coefficients cancel: no spelling is known here, only what the
 primitives mean. What floats make of it (0 * inf) is the business of :mod:`relu_deploy.passes.floats`.
+
+``floor(x)`` has no end of pieces, and the indices of tables are floors that something clips. So a floor is an atom that
+is known to be one: ``max(floor(a) + k, c) = floor(max(a, c - k)) + k`` for integers, and when its argument has become
+bounded it is a step function like any other.
 """
 
 from __future__ import annotations
@@ -13,9 +17,14 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
-from relu_deploy.passes.program import Program, Step
+import numpy as np
+
+from relu_deploy.passes.program import INTEGER, Program, Step
 from relu_deploy.passes.pwl import NotPiecewiseLinearError, PiecewiseLinear
 
+_TO_INTEGER: dict[str, Callable[[Fraction], int]] = {
+    "floor": math.floor, "ceil": math.ceil, "round": round, "integer": math.trunc,
+}  # fmt: skip
 # Products of sums multiply out; past this many terms a product is kept as one opaque atom.
 MAX_TERMS = 32
 
@@ -42,6 +51,7 @@ class Value:
 
 
 _ZERO = PiecewiseLinear.constant(0)
+_FLAT = _ZERO.lines[0]
 
 
 def evaluate(program: Program, constants: Sequence[float]) -> PiecewiseLinear | None:
@@ -71,6 +81,10 @@ class _Evaluation:
 
     def __init__(self) -> None:
         self._atoms: dict[object, int] = {}
+        # Of atoms that are integers: which function, and of what.
+        self._floors: dict[int, tuple[str, PiecewiseLinear]] = {}
+        # Of atoms that are drawn at random: from where, and up to where (excluded).
+        self._draws: dict[int, tuple[Fraction, Fraction]] = {}
         self.number = 0  # of the step at hand; equal steps are one step, so one atom
 
     def apply(self, step: Step, args: list[Value | float], constants: Sequence[float]) -> Value | float:
@@ -86,7 +100,13 @@ class _Evaluation:
         if len(values) < len(args):
             raise NotPiecewiseLinearError("arithmetic with an infinite constant")
         if step.op == "fn":
-            return self._opaque()
+            return self._integer(str(step.param), values[0]) if step.param in INTEGER else self._opaque()
+        if step.op == "lookup" and isinstance(step.param, bytes):
+            return self._lookup(np.frombuffer(step.param).tolist(), values[0])
+        if step.op == "bernoulli":
+            return values[0] if _is_true_or_false(values[0]) else self._opaque()
+        if step.op == "random":
+            return self._draw(*values)
         operations: dict[str, Callable[..., Value]] = {
             "add": _add, "mul": self._mul, "div": self._div, "select": self._select,
         }  # fmt: skip
@@ -124,23 +144,148 @@ class _Evaluation:
             inverse = None
         return self._mul(a, _pure(inverse) if inverse else self._opaque())
 
-    def _compare(self, op: str, a: Value, b: Value) -> Value:
-        difference = _add(a, _scaled(b, -1)).piecewise_linear
-        if difference is None:
+    def _integer(self, name: str, a: Value) -> Value:
+        """A function of ``INTEGER``: an integer is its own image, a bounded argument gives a step function."""
+        if self._is_integer(a):
+            return a
+        inner = a.piecewise_linear
+        if inner is None:
             return self._opaque()
+        try:
+            return _pure(inner.rounded(_TO_INTEGER[name]))
+        except NotPiecewiseLinearError:
+            atom = self._atom((name, inner))
+            self._floors[atom.terms[0][0][0]] = (name, inner)
+            return atom
+
+    def _is_integer(self, value: Value) -> bool:
+        """Whether all of it is known to be integers: steps of integers, and floors times such steps."""
+        known = all(
+            monomial == () or (len(monomial) == 1 and monomial[0] in self._floors) for monomial, _ in value.terms
+        )
+        return known and all(
+            f.is_step and all(v.denominator == 1 for v in (*f.points, *(b for _, b in f.lines))) for _, f in value.terms
+        )
+
+    def _floor_form(self, value: Value) -> tuple[str, PiecewiseLinear, Fraction, Fraction] | None:
+        """Name, inner, sign and offset of ``sign * floor(inner) + offset`` with a constant offset and sign 1 or -1."""
+        offset = Fraction(0)
+        floors = []
+        for monomial, f in value.terms:
+            if not f.is_constant:
+                return None
+            if monomial == ():
+                offset = f.lines[0][1]
+            elif len(monomial) == 1 and monomial[0] in self._floors and abs(f.lines[0][1]) == 1:
+                floors.append((*self._floors[monomial[0]], f.lines[0][1]))
+            else:
+                return None
+        if len(floors) != 1:
+            return None
+        name, inner, sign = floors[0]
+        return name, inner, sign, offset
+
+    def _clipped_floor(self, op: str, value: Value, bound: Value) -> Value | None:
+        """``max`` or ``min`` of an integer and an integer constant, with the clip pushed under the floor."""
+        form, limit = self._floor_form(value), bound.piecewise_linear
+        if form is None or limit is None or not limit.is_constant:
+            return None
+        name, inner, sign, offset = form
+        edge = (limit.lines[0][1] - offset) * sign
+        if edge.denominator != 1:
+            return None
+        at = PiecewiseLinear.constant(edge)
+        clipped = inner.maximum(at) if (op == "max") == (sign > 0) else inner.minimum(at)
+        return _add(_scaled(self._integer(name, _pure(clipped)), sign), _pure(PiecewiseLinear.constant(offset)))
+
+    def _lookup(self, table: Sequence[float], index: Value) -> Value:
+        """A table at a step function is a step function."""
+        steps, entries = index.piecewise_linear, table
+        if steps is None or not steps.is_step:
+            return self._opaque()
+        used = {*steps.points, *(value for _, value in steps.lines)}
+        if not all(value.denominator == 1 and -len(entries) <= value < len(entries) for value in used):
+            return self._opaque()  # past the end it is an error, which no function is
+        if not all(math.isfinite(entries[int(value)]) for value in used):
+            return self._opaque()
+        return _pure(steps.mapped(lambda value: Fraction(float(entries[int(value)]))))
+
+    def _compare(self, op: str, a: Value, b: Value) -> Value:
+        gap = _add(a, _scaled(b, -1))
+        difference = gap.piecewise_linear or self._near_zero(gap)
+        if difference is None:
+            return self._compare_draw(op, gap) or self._opaque()
         tests = {"gt": difference.greater, "ge": difference.greater_equal, "eq": difference.equal_zero}
         return _pure(tests[op]())
+
+    def _draw(self, low: Value, high: Value) -> Value:
+        """A number of ``[low, high)``, another one each time."""
+        atom = self._opaque()
+        ends = [end.piecewise_linear for end in (low, high)]
+        if all(end is not None and end.is_constant for end in ends):
+            self._draws[atom.terms[0][0][0]] = (ends[0].lines[0][1], ends[1].lines[0][1])  # type: ignore[union-attr]
+        return atom
+
+    def _compare_draw(self, op: str, gap: Value) -> Value | None:
+        """``sign * draw + offset`` against zero, where every draw decides alike: probabilities 0 and 1."""
+        terms = dict(gap.terms)
+        offset = terms.pop((), _ZERO)
+        (monomial, factor), *rest = [*terms.items()] or [((), _ZERO)]
+        if (
+            rest
+            or len(monomial) != 1
+            or monomial[0] not in self._draws
+            or not (offset.is_constant and factor.is_constant)
+        ):
+            return None
+        low, high = self._draws[monomial[0]]
+        turn = -offset.lines[0][1] / factor.lines[0][1]
+        rising = factor.lines[0][1] > 0
+        if op == "eq":
+            return _pure(_ZERO) if not low <= turn < high else None
+        if high <= turn:  # every draw lies below
+            return _pure(PiecewiseLinear.constant(0 if rising else 1))
+        if low > turn or (low == turn and rising == (op == "ge")):
+            return _pure(PiecewiseLinear.constant(1 if rising else 0))
+        return None
+
+    def _near_zero(self, gap: Value) -> PiecewiseLinear | None:
+        """A piecewise-linear function with the sign of ``gap``, where that is an integer and a constant."""
+        form = self._floor_form(gap)
+        if form is None:
+            return None
+        name, inner, sign, offset = form
+        turn = -offset * sign
+        low, high = (PiecewiseLinear.constant(edge) for edge in (math.floor(turn) - 1, math.ceil(turn) + 1))
+        near = self._integer(name, _pure(inner.maximum(low).minimum(high)))
+        return _add(_scaled(near, sign), _pure(PiecewiseLinear.constant(offset))).piecewise_linear
 
     def _select(self, condition: Value, yes: Value, no: Value) -> Value:
         chosen = condition.piecewise_linear
         if chosen is None or not chosen.is_step:
             return yes if yes == no else self._opaque()
         other = _pure(PiecewiseLinear.constant(1).minus(chosen))
-        return _add(self._mul(_pure(chosen), yes), self._mul(other, no))
+        return self._settled(_add(self._mul(_pure(chosen), yes), self._mul(other, no)))
+
+    def _settled(self, value: Value) -> Value:
+        """With floors that count on a bounded interval only turned into the steps that they have there."""
+        total = Value(())
+        for monomial, f in value.terms:
+            part = Value(((monomial, f),))
+            if len(monomial) == 1 and monomial[0] in self._floors and f.breaks and f.lines[0] == f.lines[-1] == _FLAT:
+                name, inner = self._floors[monomial[0]]
+                low, high = (PiecewiseLinear.constant(edge) for edge in (f.breaks[0], f.breaks[-1]))
+                inside = inner.after(PiecewiseLinear.identity().maximum(low).minimum(high))
+                part = self._mul(_pure(f), self._integer(name, _pure(inside)))
+            total = _add(total, part)
+        return total
 
     def _extreme(self, op: str, a: Value | float, b: Value | float) -> Value | float:
         if isinstance(a, float) or isinstance(b, float):
             return _extreme_of_infinity(op, a, b)
+        clipped = self._clipped_floor(op, a, b) or self._clipped_floor(op, b, a)
+        if clipped is not None:
+            return clipped
         if _add(a, _scaled(b, -1)).piecewise_linear is None:
             return a if a == b else self._opaque()
         first, second = (a, b) if op == "max" else (b, a)
@@ -154,11 +299,17 @@ def _extreme_of_infinity(op: str, a: Value | float, b: Value | float) -> Value |
     return infinite if wins else other
 
 
+def _is_true_or_false(value: Value) -> bool:
+    """Whether a function takes no values but 0 and 1."""
+    function = value.piecewise_linear
+    return function is not None and function.is_step and {*function.points, *(b for _, b in function.lines)} <= {0, 1}
+
+
 def _pure(function: PiecewiseLinear) -> Value:
     return Value(() if function == _ZERO else (((), function),))
 
 
-def _scaled(value: Value, factor: int) -> Value:
+def _scaled(value: Value, factor: Fraction | int) -> Value:
     return Value(tuple((monomial, f.scaled(factor)) for monomial, f in value.terms))
 
 
