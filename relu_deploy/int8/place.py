@@ -28,6 +28,8 @@ MOVING_OPS = (
 )  # fmt: skip
 # ONNX Runtime has an integer kernel for these on the CPU (onnxruntime 1.20 to 1.31, QDQ transformer).
 INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
+# What stands for an activation that will be a table of codes; no file ever holds one.
+STAND_IN = "Table"
 # Quantised after the last linear layer too, when their inputs are: their output range is their inputs' own.
 TAIL_OPS = ("Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Relu", "Clip")
 # TensorRT-RTX 1.7.1 reads a ConvTranspose with Q/DQ, then silently multiplies in float. Tried: SM 89 and 120; kernels
@@ -213,6 +215,8 @@ class _Wanted:
                 for other in node.outputs:
                     if other.name in self.known and not other.is_empty() and self.add(other):
                         self.pairs.append((other.name, output.name))
+        elif node.op == STAND_IN:
+            self.add(node.inputs[0])
         elif node.op in INTEGER_OPS:
             live = [t for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty()]
             constant = any(isinstance(t, gs.Constant) for t in node.inputs)
@@ -307,7 +311,7 @@ def _keeps_codes(node: gs.Node) -> bool:
 def _becomes_float_gemm(node: gs.Node) -> bool:
     """Whether ONNX Runtime would fuse a MatMul and the Add behind it to a Gemm, whose unquantised addend is float.
 
-    A quantiser between the two prevents it. :func:`relu_deploy.int8.lower.matmul_add_to_gemm` has taken the additions
+    A quantiser between the two prevents it. :func:`relu_deploy.passes.gemm.products_to_gemm` has taken the additions
     of constant vectors; what is left are sums with live tensors, or with matrices. ONNX Runtime fuses for two axes,
     and for more, all fixed, where the addend is a vector; where we know no shapes it may know more.
     """

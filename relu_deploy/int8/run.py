@@ -13,11 +13,13 @@ from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
 from relu_deploy.int8.formats import NumberFormat, QParams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.kernels import respect_softmax
-from relu_deploy.int8.lower import matmul_add_to_gemm, spatial_mean_to_pool
+from relu_deploy.int8.lower import spatial_mean_to_pool
 from relu_deploy.int8.place import Layer, Placement, place
+from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
 from relu_deploy.passes.constants import fold_constants
+from relu_deploy.passes.gemm import products_to_gemm
 
 # The first opset with per-channel QuantizeLinear and DequantizeLinear, and the first with float16 ones.
 _PER_CHANNEL_OPSET = 13
@@ -98,16 +100,19 @@ def quantize(
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     aliases: dict[str, str] = {}
     if number.unsigned:
-        aliases = matmul_add_to_gemm(graph) | spatial_mean_to_pool(graph)
+        aliases = products_to_gemm(graph, rows=True).aliases | spatial_mean_to_pool(graph)
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
     present = graph.tensors()
     bounds = {name: (r.min, r.max) for name, r in ranges.tensors.items() if name in present}
     bounds.update({new: bounds[old] for new, old in aliases.items() if old in bounds})
     if number.unsigned:
         bounds = respect_softmax(graph, bounds)
+    sites = stand_in(graph, bounds) if number.unsigned else ()
     placement = place(graph, bounds, number, keep_float=keep_float)
     _check_layers(placement, keep_float)
+    sites = take_back(graph, sites, placement)
     written = write(graph, placement, bounds, number)
+    write_tables(graph, sites, written.activations)
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
     return quantized, _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings))

@@ -6,10 +6,12 @@ The pipeline, in order. A pass takes a graphsurgeon graph, edits it in place and
 
 from __future__ import annotations
 
+from relu_deploy.passes.affine import fold_affine
 from relu_deploy.passes.batchnorm import fold_batchnorm
 from relu_deploy.passes.collapse import collapse_relu
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dead import remove_dead_nodes
+from relu_deploy.passes.gemm import matmul_add_to_gemm
 from relu_deploy.passes.identity import remove_identities
 
 PIPELINE = (
@@ -17,7 +19,18 @@ PIPELINE = (
     remove_identities,  # nothing stands between a layer and what follows it
     fold_batchnorm,  # before regions are looked at: a folded one ends in the layer, not in the activation
     collapse_relu,
+    fold_affine,  # after regions were looked at: what scales a ReLU is part of how it is spelled
+    matmul_add_to_gemm,  # after what scales the product and its bias is in them
     remove_dead_nodes,
 )
 
-__all__ = ["PIPELINE", "collapse_relu", "fold_batchnorm", "fold_constants", "remove_dead_nodes", "remove_identities"]
+__all__ = [
+    "PIPELINE",
+    "collapse_relu",
+    "fold_affine",
+    "fold_batchnorm",
+    "fold_constants",
+    "matmul_add_to_gemm",
+    "remove_dead_nodes",
+    "remove_identities",
+]
