@@ -65,6 +65,9 @@ def classify_piecewise_linear(function: PiecewiseLinear) -> Activation:
     where = ", ".join(f"{float(x):.4g}" for x in function.breaks[:4]) + (", ..." if count > 4 else "")
     plural = "" if count == 1 else "s"
     kind = "pwlu" if function.is_continuous and _on_a_grid(function) else "piecewise_linear"
+    if count == 1 and function.is_continuous and {slope for slope, _ in function.lines} == {ZERO, ONE} and (
+        _IDENTITY in function.lines):  # fmt: skip
+        kind = "clip"
     return Activation(kind, f"piecewise linear with {count} breakpoint{plural} ({where}){shape}", exact=True)
 
 
@@ -106,20 +109,26 @@ _NEAR = np.linspace(-9.0, 9.0, 401) + 0.01
 _FAR = np.array([-60.0, -30.0, -20.0, -12.0, 12.0, 20.0, 30.0, 60.0])
 _POINTS = np.concatenate([_NEAR, _FAR])
 _RELU = np.maximum(_POINTS, 0)
-# Relative to max(1, |value|): constants in float16 are off by that much.
+# Relative to max(1, |value|): constants are written with four digits now and then.
 TOLERANCE = 2e-4
+# A function with a few constants is off by a little more than the rounding of one.
+_ROUNDINGS = 1.25
 # What is not a multiple of a gated activation but by accident.
 _LEAST_SCALE, _MOST_SCALE = 1e-2, 1e2
 
 
-def classify_samples(program: Program, constants: npt.ArrayLike) -> Activation:
-    """Name one channel of a smooth region by its values at some 400 points: the nearest known function within 2e-4."""
+def classify_samples(program: Program, constants: npt.ArrayLike, *, unit: float = 0.0) -> Activation:
+    """Name one channel of a smooth region by its values at some 400 points: the nearest known function.
+
+    Args:
+        program: The region.
+        constants: One column of ``program.channels()``.
+        unit: Unit roundoff of the tensor's type: what its constants may be off by.
+    """
     values = sample(program, constants, np.concatenate([_POINTS, PROBES]))
-    values, probes = values[: _POINTS.size], values[_POINTS.size :]
+    near = _Values(values[: _POINTS.size], values[_POINTS.size :], max(TOLERANCE, _ROUNDINGS * unit))
     with np.errstate(all="ignore"):
-        found = (
-            _nearest(values) or _member(values, probes, program, constants) or _blend(values, probes) or _scaled(values)
-        )
+        found = near.known() or near.member(program, constants) or near.blend() or near.scaled()
     return found or Activation("unknown", "smooth or not recognised: not piecewise linear", exact=False)
 
 
@@ -147,74 +156,80 @@ def _error(values: Array, known: Array) -> float:
     return float(difference.max(initial=0.0))
 
 
-def _nearest(values: Array) -> Activation | None:
-    errors = [_error(values, known) for known in _known_values()]
-    best = int(np.argmin(errors))
-    return Activation(KNOWN[best].kind, KNOWN[best].name, exact=False) if errors[best] <= TOLERANCE else None
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """A function at ``_POINTS`` and at ``PROBES``, and how near to them a known one has to be."""
 
+    values: Array
+    probes: Array
+    tolerance: float
 
-def _member(values: Array, probes: Array, program: Program, constants: npt.ArrayLike) -> Activation | None:
-    """A function that is known but for its parameters."""
-    if not np.isfinite(probes).all():
+    def known(self) -> Activation | None:
+        """The nearest function without parameters."""
+        errors = [_error(self.values, known) for known in _known_values()]
+        best = int(np.argmin(errors))
+        near = errors[best] <= self.tolerance
+        return Activation(KNOWN[best].kind, KNOWN[best].name, exact=False) if near else None
+
+    def member(self, program: Program, constants: npt.ArrayLike) -> Activation | None:
+        """A function that is known but for its parameters."""
+        if not np.isfinite(self.probes).all():
+            return None
+        for family in FAMILIES:
+            fitted = family.fit(self.probes)
+            if fitted is None or _error(self.values, family.function(_POINTS, *fitted)) > self.tolerance:
+                continue
+            if family.kind == "elu" and fitted[0] < 1 and self._blends_elu(program, constants):
+                return Activation("blend", f"a blend of ReLU and {fitted[0]:.4g} ELU (alpha 1)", exact=False)
+            return Activation(family.kind, family.text.format(*fitted), exact=False)
         return None
-    for family in FAMILIES:
-        parameters = family.fit(probes)
-        if parameters is None or _error(values, family.function(_POINTS, *parameters)) > TOLERANCE:
-            continue
-        if family.kind == "elu" and parameters[0] < 1 and _blends_elu(program, constants):
-            return Activation("blend", f"a blend of ReLU and {parameters[0]:.4g} ELU (alpha 1)", exact=False)
-        return Activation(family.kind, family.text.format(*parameters), exact=False)
-    return None
 
+    def _blends_elu(self, program: Program, constants: npt.ArrayLike) -> bool:
+        """Whether ReLU and ELU are steps on the way: as a function, their blend is ELU with a smaller alpha."""
+        elu = next(number for number, known in enumerate(KNOWN) if known.kind == "elu")
+        wanted = [_RELU, _known_values()[elu]]
+        for end in range(1, len(program.steps)):
+            step = sample(dataclasses.replace(program, steps=program.steps[:end]), constants, _POINTS)
+            wanted = [other for other in wanted if _error(step, other) > self.tolerance]
+        return not wanted
 
-def _blends_elu(program: Program, constants: npt.ArrayLike) -> bool:
-    """Whether ReLU and ELU are both steps on the way: as a function, their blend is ELU with a smaller alpha."""
-    elu = next(number for number, known in enumerate(KNOWN) if known.kind == "elu")
-    wanted = [_RELU, _known_values()[elu]]
-    for end in range(1, len(program.steps)):
-        step = sample(dataclasses.replace(program, steps=program.steps[:end]), constants, _POINTS)
-        wanted = [other for other in wanted if _error(step, other) > TOLERANCE]
-    return not wanted
+    def blend(self) -> Activation | None:
+        """``gamma act(x) + (1 - gamma) relu(x)`` for a known ``act``: what an unfinished schedule leaves behind."""
+        best, text = self.tolerance, ""
+        for known, act in zip(KNOWN, _known_values(), strict=True):
+            if not known.gated:
+                continue
+            step = act - _RELU
+            gamma = float(step @ (self.values - _RELU) / (step @ step))
+            error = _error(self.values, _RELU + gamma * step)
+            if 0 < gamma < 1 and error < best:
+                best, text = error, f"a blend of ReLU and {gamma:.4g} {known.name}"
+        text = text or self._blend_of_swish()
+        return Activation("blend", text, exact=False) if text else None
 
+    def _blend_of_swish(self) -> str:
+        """The same for Swish with some beta, which two values on the left give away; empty where it is none."""
+        far, near = self.probes[1] / -2, self.probes[2] / -1
+        if not 0 < far < near:
+            return ""
+        beta = bisect(lambda b: float(sigmoid(np.array(-2 * b)) / sigmoid(np.array(-b))), float(far / near), 0.05, 50.0)
+        if beta is None:
+            return ""
+        gamma = float(near / sigmoid(np.array(-beta)))
+        blend = _RELU + gamma * (_POINTS * sigmoid(beta * _POINTS) - _RELU)
+        if not 0 < gamma < 1 or _error(self.values, blend) > self.tolerance:
+            return ""
+        return f"a blend of ReLU and {gamma:.4g} Swish with beta {beta:.4g}"
 
-def _blend(values: Array, probes: Array) -> Activation | None:
-    """``gamma act(x) + (1 - gamma) relu(x)`` for a known ``act``: what an unfinished schedule leaves behind."""
-    best, text = TOLERANCE, ""
-    for known, act in zip(KNOWN, _known_values(), strict=True):
-        if not known.gated:
-            continue
-        step = act - _RELU
-        gamma = float(step @ (values - _RELU) / (step @ step))
-        error = _error(values, _RELU + gamma * step)
-        if 0 < gamma < 1 and error < best:
-            best, text = error, f"a blend of ReLU and {gamma:.4g} {known.name}"
-    if not text:
-        text = _blend_of_swish(values, probes)
-    return Activation("blend", text, exact=False) if text else None
-
-
-def _blend_of_swish(values: Array, probes: Array) -> str:
-    """The same for Swish with some beta, which two values on the left give away; empty where it is none."""
-    far, near = probes[1] / -2, probes[2] / -1
-    if not 0 < far < near:
-        return ""
-    beta = bisect(lambda b: float(sigmoid(np.array(-2 * b)) / sigmoid(np.array(-b))), float(far / near), 0.05, 50.0)
-    if beta is None:
-        return ""
-    gamma = float(near / sigmoid(np.array(-beta)))
-    blend = _RELU + gamma * (_POINTS * sigmoid(beta * _POINTS) - _RELU)
-    if not 0 < gamma < 1 or _error(values, blend) > TOLERANCE:
-        return ""
-    return f"a blend of ReLU and {gamma:.4g} Swish with beta {beta:.4g}"
-
-
-def _scaled(values: Array) -> Activation | None:
-    """A multiple of an activation whose scale is one with its own constants: ``x * 0.51 * (1 + erf(...))``."""
-    for known, act in zip(KNOWN, _known_values(), strict=True):
-        scale = float(act @ values / (act @ act)) if known.gated and np.isfinite(values).all() else 0.0
-        if _LEAST_SCALE <= scale <= _MOST_SCALE and _error(values / scale, act) <= TOLERANCE:
-            return Activation(f"scaled_{known.kind}", f"{scale:.4g} times {known.name}", exact=False)
-    return None
+    def scaled(self) -> Activation | None:
+        """A multiple of an activation whose scale is one with its own constants: ``x * 0.51 * (1 + erf(...))``."""
+        if not np.isfinite(self.values).all():
+            return None
+        for known, act in zip(KNOWN, _known_values(), strict=True):
+            scale = float(act @ self.values / (act @ act)) if known.gated else 0.0
+            if _LEAST_SCALE <= scale <= _MOST_SCALE and _error(self.values / scale, act) <= self.tolerance:
+                return Activation(f"scaled_{known.kind}", f"{scale:.4g} times {known.name}", exact=False)
+        return None
 
 
 def summary(kinds: list[Activation], channels: int) -> Activation:
@@ -241,4 +256,5 @@ _CONTAINS = {
     "blend": {"blend", "relu", "leaky_relu", "elu", "swish", *_GATED},
     "clipped_relu": {"clipped_relu", "relu6", "relu"},
     "elu": {"elu", "relu"},
+    "affine": {"affine", "identity", "constant"},
 }

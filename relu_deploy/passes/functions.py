@@ -107,13 +107,15 @@ class Functions:
         """Whether a cut and its parent are floats or of unknown type; the others are about shapes and masks."""
         return cut.parent is not None and {onnx_type(cut.tensor), onnx_type(cut.parent.tensor)} <= {*FLOAT_TYPES, 0}
 
-    def label(self, program: Program) -> Activation:
-        """What a function is, all channels together."""
+    def label(self, program: Program, tensor: gs.Tensor) -> Activation:
+        """What a function of a tensor is, all channels together; the tensor's type says how exact constants can be."""
         table = program.channels()
-        key = (program.steps, table.tobytes())
+        kind = FLOAT_TYPES.get(onnx_type(tensor))
+        key = (program.steps, table.tobytes(), kind)
         if key not in self._labels:
-            columns = list(table.T[:NAMED_CHANNELS])
-            self._labels[key] = summary([self._label_column(program, c) for c in columns], program.constants.shape[1])
+            unit = 0.0 if kind is None else kind.unit
+            columns = [self._label_column(program, column, unit) for column in table.T[:NAMED_CHANNELS]]
+            self._labels[key] = summary(columns, program.constants.shape[1])
         return self._labels[key]
 
     def activation(self, cut: Cut, followers: list[Cut]) -> Activation | None:
@@ -133,10 +135,11 @@ class Functions:
             return Activation("unknown", f"left alone: {segment.refusal}", exact=False) if nonlinear else None
         if segment.is_affine and segment.program.constants.shape[1] == 1:
             return None
-        label = self.label(segment.program)
+        assert cut.parent is not None  # noqa: S101 - roots have no segment
+        top = cut.parent.tensor
+        label = self.label(segment.program, top)
         if label.kind in ("unknown", "relu") and len(followers) == 1 and self.is_affine(followers[0]):
-            assert cut.parent is not None  # noqa: S101 - roots have no segment
-            longer = self.label(program_between(cut.parent, followers[0], same_shape=False))
+            longer = self.label(program_between(cut.parent, followers[0], same_shape=False), top)
             label = longer if longer.kind != "unknown" else label
         return None if label.kind in NOT_ACTIVATIONS or is_arithmetic(label.kind) else label
 
@@ -150,9 +153,9 @@ class Functions:
                     found.append(cut)
         return found
 
-    def _label_column(self, program: Program, column: np.ndarray) -> Activation:
+    def _label_column(self, program: Program, column: np.ndarray, unit: float) -> Activation:
         function = self._exact_column(program, column)
-        return classify_piecewise_linear(function) if function else classify_samples(program, column)
+        return classify_piecewise_linear(function) if function else classify_samples(program, column, unit=unit)
 
     def _exact_column(self, program: Program, column: np.ndarray) -> PiecewiseLinear | None:
         values = tuple(float(value) for value in column)
