@@ -1,0 +1,318 @@
+"""Activations without an integer kernel, as tables of codes: ``q_out = T[c, q_in]``, 256 entries a channel.
+
+A function of one tensor between two 8-bit quantisers is known completely by its 256 values. So the nodes of an
+activation are replaced by one stand-in before the placement is made, and by a ``GatherElements`` on codes after Q/DQ
+are written. A table is standard ONNX: no plugin, and no float between two integer kernels.
+
+ONNX Runtime's ``GatherElements`` works on all cores and costs a third of ``Gather`` (benchmarks/tables.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+from calib.session import open_session
+from relu_deploy import ops
+from relu_deploy.int8.formats import QParams
+from relu_deploy.int8.place import INTEGER_OPS, MOVING_OPS, STAND_IN, Placement, is_clipping
+from relu_deploy.passes.functions import Functions
+from relu_deploy.passes.lower import UnsupportedError
+from relu_deploy.passes.region import Cut, constant_values, nodes_between, program_between
+
+_CODES = 256
+_KERNELS = (*INTEGER_OPS, *MOVING_OPS, "Relu", "Sub", "Div", "Sum", "Neg", "Dropout", "Cast", "Max", "Min")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One activation that a table can stand for.
+
+    Attributes:
+        name: Of the stand-in, and of the node that made ``result``.
+        source: Name of its input tensor.
+        result: Name of its output tensor.
+        nodes: What it replaces, producers first.
+        axis: The channel axis of ``source``, counted from the front; None for one function for all elements.
+        channels: How many there are along it; 1 without one.
+        rank: Axes of ``source``; None where that is not known.
+    """
+
+    name: str
+    source: str
+    result: str
+    nodes: tuple[_Kept, ...]
+    axis: int | None
+    channels: int
+    rank: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A node as it was, for the case that it has to come back."""
+
+    op: str
+    name: str
+    domain: str | None
+    attrs: dict[str, Any]
+    inputs: tuple[gs.Tensor, ...]
+    outputs: tuple[gs.Tensor, ...]
+
+    @classmethod
+    def of(cls, node: gs.Node) -> _Kept:
+        return cls(node.op, node.name, node.domain, dict(node.attrs), tuple(node.inputs), tuple(node.outputs))
+
+    def again(self) -> gs.Node:
+        return gs.Node(self.op, self.name, dict(self.attrs), list(self.inputs), list(self.outputs), domain=self.domain)
+
+
+def stand_in(graph: gs.Graph, measured: Iterable[str]) -> tuple[Site, ...]:
+    """Put a stand-in where an activation has no integer kernel of its own, in place.
+
+    Args:
+        graph: Sorted topologically, with types and shapes where they are known.
+        measured: Names of the tensors that have a range.
+
+    Returns:
+        The sites, in the order of the graph.
+    """
+    known = set(measured)
+    sites = _regions(graph, known)
+    order = {node.name: index for index, node in enumerate(graph.nodes)}
+    sites.sort(key=lambda site: order[site.name])
+    tensors = graph.tensors()
+    for site in sites:
+        for kept in site.nodes:
+            node = graph.nodes[order[kept.name]]
+            node.inputs.clear()
+            node.outputs.clear()
+        graph.nodes[order[site.name]] = gs.Node(
+            STAND_IN, site.name, inputs=[tensors[site.source]], outputs=[tensors[site.result]], domain=ops.DOMAIN
+        )
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return tuple(sites)
+
+
+def take_back(graph: gs.Graph, sites: Sequence[Site], placement: Placement) -> tuple[Site, ...]:
+    """Give the float nodes back where a stand-in is not between two quantised tensors; returns the sites left."""
+    left = []
+    nodes = {node.name: node for node in graph.nodes if node.op == STAND_IN}
+    for site in sites:
+        if site.name not in nodes:  # nobody reads it
+            continue
+        if site.source in placement.uses and site.result in placement.uses:
+            left.append(site)
+            continue
+        nodes[site.name].inputs.clear()
+        nodes[site.name].outputs.clear()
+        graph.nodes.remove(nodes[site.name])
+        graph.nodes.extend(kept.again() for kept in site.nodes)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return tuple(left)
+
+
+def write_tables(graph: gs.Graph, sites: Sequence[Site], activations: dict[str, QParams]) -> None:
+    """Replace every stand-in, and the quantisers it stands between, by a table on codes, in place.
+
+    Args:
+        graph: With Q/DQ written around the stand-ins.
+        sites: Those that :func:`take_back` left.
+        activations: Scale and zero point of every quantised tensor, by name.
+    """
+    nodes = {node.name: node for node in graph.nodes if node.op == STAND_IN}
+    for site in sites:
+        node = nodes[site.name]
+        codes = node.inputs[0].inputs[0].inputs[0]
+        quantizer = next(reader for reader in node.outputs[0].outputs if reader.op == "QuantizeLinear")
+        result = quantizer.outputs[0]
+        table = code_table(site, activations[site.source], activations[site.result], graph)
+        for old in (node, quantizer):
+            old.inputs.clear()
+            old.outputs.clear()
+        _gather(graph, site, codes, result, table)
+
+
+def code_table(site: Site, source: QParams, result: QParams, graph: gs.Graph) -> npt.NDArray[np.uint8]:
+    """``quantise(f(dequantise(q)))`` for every code of every channel, uint8 (C, 256).
+
+    A PWLU is evaluated in float64 and rounded once to float32; other activations by ONNX Runtime, node by node, as they
+    would run in float. Quantised as QuantizeLinear does: divided in float32, ties to even.
+
+    Args:
+        site: The activation.
+        source: Scale and zero point of its input.
+        result: Of its output.
+        graph: What its opset is read from.
+    """
+    numbers = np.arange(_CODES, dtype=np.float32) - np.float32(source.zero_point)
+    values = (numbers * np.float32(source.scale)).astype(np.float32)
+    reals = _evaluate(site, np.broadcast_to(values, (site.channels, _CODES)), graph)
+    steps = np.rint(reals / np.float32(result.scale)) + np.float32(result.zero_point)
+    # NaN (0 * inf in a function that overflows at the end of its range) has no code; a saturating cast makes it 0.
+    table: npt.NDArray[np.uint8] = np.nan_to_num(np.clip(steps, 0, _CODES - 1)).astype(np.uint8)
+    return table
+
+
+def _regions(graph: gs.Graph, known: set[str]) -> list[Site]:
+    """Every function of one tensor that holds an operator without an integer kernel, from a branch to a branch."""
+    functions = Functions(graph)
+    sites: list[Site] = []
+
+    def visit(cut: Cut, _: list[Cut]) -> Cut:
+        assert cut.parent is not None  # noqa: S101 - only cuts with a parent are visited
+        top = cut.parent
+        while top.parent is not None and len(top.tensor.outputs) == 1 and functions.of_floats(top):
+            top = top.parent
+        site = _region_site(top, cut, known) if functions.of_floats(cut) else None
+        if site is None and top is not cut.parent:
+            top = cut.parent
+            site = _region_site(top, cut, known) if functions.of_floats(cut) else None
+        if site is None:
+            return cut.parent
+        sites.append(site)
+        return top
+
+    functions.walk(visit)
+    return sites
+
+
+def _region_site(top: Cut, cut: Cut, known: set[str]) -> Site | None:
+    """A site between two cuts, or None where there is none."""
+    if cut.node is None or not {top.tensor.name, cut.tensor.name} <= known:
+        return None
+    try:
+        nodes = nodes_between(top, cut)
+        program = program_between(top, cut)
+    except UnsupportedError:
+        return None
+    if all(node.op in _KERNELS or is_clipping(node) or _is_scalar_leaky(node) for node in nodes):
+        return None
+    shape = top.tensor.shape
+    axis = _channel_axis(nodes, None if shape is None else len(shape))
+    if program.constants.shape[1] > 1 and axis is None:
+        return None
+    return _site(cut.node, tuple(map(_Kept.of, nodes)), top.tensor, axis, program.constants.shape[1])
+
+
+def _site(node: gs.Node, kept: tuple[_Kept, ...], source: gs.Tensor, axis: int | None, channels: int) -> Site:
+    rank = None if source.shape is None else len(source.shape)
+    return Site(node.name, source.name, node.outputs[0].name, kept, axis, channels, rank)
+
+
+def _is_scalar_leaky(node: gs.Node) -> bool:
+    return bool(node.op == "LeakyRelu")
+
+
+def _channel_axis(nodes: Sequence[gs.Node], rank: int | None) -> int | None:
+    """The axis along which side constants vary, counted from the front; None without one, or where it is not known."""
+    for node in nodes:
+        if ops.is_pwlu(node) and node.inputs[1].shape[0] > 1:
+            axis = ops.channel_axis(node)
+            return axis if axis >= 0 else axis + rank if rank is not None else None
+        for tensor in () if ops.is_pwlu(node) else node.inputs:
+            values = None if tensor.is_empty() else constant_values(tensor)
+            if values is None or rank is None:
+                continue
+            wide = [axis for axis, size in enumerate(values.shape, start=rank - values.ndim) if size != 1]
+            if wide:
+                return wide[0]
+    return None
+
+
+def _evaluate(site: Site, values: npt.NDArray[np.float32], graph: gs.Graph) -> npt.NDArray[np.float32]:
+    """The function at some points of each channel, (C, points) to the same."""
+    if len(site.nodes) == 1 and site.nodes[0].op == ops.PWLU:
+        function = ops.read_pwlu(site.nodes[0].again())
+        exact: npt.NDArray[np.float32] = function(values.T, 1).T.astype(np.float32)
+        return exact
+    rank = max(site.rank or 1, 2)
+    axis = site.axis if site.axis is not None else 0
+    other = next(i for i in range(rank) if i != axis)
+    shape = [1] * rank
+    shape[axis], shape[other] = site.channels, values.shape[1]
+    feed = (values if axis < other else values.T).reshape(shape)
+    model = _body(site, shape, graph)
+    (found,) = open_session(model, threads=1).run(None, {site.source: np.ascontiguousarray(feed)})
+    flat = np.asarray(found, np.float32).reshape(values.shape if axis < other else values.shape[::-1])
+    return flat if axis < other else flat.T
+
+
+def _body(site: Site, shape: Sequence[int], graph: gs.Graph) -> onnx.ModelProto:
+    """The activation alone, as a network of float32 tensors of one shape."""
+    copies: dict[int, gs.Tensor] = {}
+
+    def copy(tensor: gs.Tensor) -> gs.Tensor:
+        if isinstance(tensor, gs.Constant) or tensor.is_empty():
+            return tensor
+        values = constant_values(tensor)
+        if values is not None:
+            return copies.setdefault(id(tensor), gs.Constant(tensor.name, values))
+        return copies.setdefault(id(tensor), gs.Variable(tensor.name, dtype=tensor.dtype))
+
+    nodes = [
+        gs.Node(k.op, k.name, dict(k.attrs), [copy(t) for t in k.inputs], [copy(t) for t in k.outputs], k.domain)
+        for k in site.nodes
+    ]
+    inputs = [t for node in nodes for t in node.inputs if t.name == site.source][:1]
+    outputs = [t for node in nodes for t in node.outputs if t.name == site.result]
+    inputs[0].dtype, inputs[0].shape = np.float32, list(shape)
+    outputs[0].dtype = np.float32
+    body = gs.Graph(nodes, inputs, outputs, opset=graph.opset, import_domains=graph.import_domains)
+    model: onnx.ModelProto = gs.export_onnx(body, do_type_check=False)
+    model.ir_version = 8
+    ops.define_operators(model, graph.opset)
+    return model
+
+
+def _gather(graph: gs.Graph, site: Site, codes: gs.Variable, result: gs.Variable, table: npt.NDArray[np.uint8]) -> None:
+    """``codes -> channels last -> rows -> int32 -> GatherElements``, and the way back.
+
+    ONNX Runtime's integer convolutions work channels-last, with transpositions around each that cancel against these.
+    """
+    inner, outer = codes, result
+    if (order := _channels_last(site)) is not None:
+        shape = None if codes.shape is None else [codes.shape[axis] for axis in order]
+        inner = _node(graph, site, "Transpose", "last", [codes], np.uint8, {"perm": order}, shape)
+        outer = gs.Variable(f"{site.name}/last_codes", dtype=np.uint8, shape=shape)
+        back = [order.index(axis) for axis in range(len(order))]
+        graph.nodes.append(gs.Node("Transpose", f"{site.name}/back", {"perm": back}, [outer], [result]))
+    rows = _node(graph, site, "Reshape", "rows", [inner, _ints(site, "rows_shape", (-1, site.channels))], np.uint8)
+    index = _node(graph, site, "Cast", "index", [rows], np.int32, {"to": onnx.TensorProto.INT32})
+    stored = gs.Constant(f"{site.name}/table", np.ascontiguousarray(table.T))
+    found = _node(graph, site, "GatherElements", "found", [stored, index], np.uint8, {"axis": 0})
+    shape_back = _shape_of(graph, site, inner)
+    graph.nodes.append(gs.Node("Reshape", f"{site.name}/codes", inputs=[found, shape_back], outputs=[outer]))
+
+
+def _channels_last(site: Site) -> list[int] | None:
+    """The order of axes that puts the channels last; None where they are, or where there are none."""
+    if site.axis is None or site.channels == 1 or site.rank is None or site.axis == site.rank - 1:
+        return None
+    return [*(axis for axis in range(site.rank) if axis != site.axis), site.axis]
+
+
+def _shape_of(graph: gs.Graph, site: Site, codes: gs.Variable) -> gs.Tensor:
+    """The shape of the codes: a constant where one axis at most is dynamic."""
+    shape = codes.shape
+    if shape is not None and sum(not isinstance(size, int) for size in shape) <= 1:
+        return _ints(site, "codes_shape", tuple(size if isinstance(size, int) else -1 for size in shape))
+    return _node(graph, site, "Shape", "codes_shape", [codes], np.int64)
+
+
+def _ints(site: Site, name: str, values: tuple[int, ...]) -> gs.Constant:
+    return gs.Constant(f"{site.name}/{name}", np.asarray(values, np.int64))
+
+
+def _node(
+    graph: gs.Graph, site: Site, op: str, name: str, inputs: list[Any], dtype: type,
+    attrs: dict[str, Any] | None = None, shape: list[Any] | None = None,
+) -> gs.Variable:  # fmt: skip
+    output = gs.Variable(f"{site.name}/{name}", dtype=dtype, shape=shape)
+    graph.nodes.append(gs.Node(op, f"{site.name}/{name}", attrs or {}, inputs, [output]))
+    return output
