@@ -11,8 +11,10 @@ from relu_deploy.passes.batchnorm import fold_batchnorm
 from relu_deploy.passes.collapse import collapse_relu
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dead import remove_dead_nodes
+from relu_deploy.passes.focus import fold_focus
 from relu_deploy.passes.gemm import matmul_add_to_gemm
 from relu_deploy.passes.identity import remove_identities
+from relu_deploy.passes.pad import fold_pad
 
 PIPELINE = (
     fold_constants,  # side inputs such as 1 - gamma become numbers that the passes after it can read
@@ -21,6 +23,8 @@ PIPELINE = (
     collapse_relu,
     fold_affine,  # after regions were looked at: what scales a ReLU is part of how it is spelled
     matmul_add_to_gemm,  # after what scales the product and its bias is in them
+    fold_focus,
+    fold_pad,
     remove_dead_nodes,
 )
 
@@ -30,6 +34,8 @@ __all__ = [
     "fold_affine",
     "fold_batchnorm",
     "fold_constants",
+    "fold_focus",
+    "fold_pad",
     "matmul_add_to_gemm",
     "remove_dead_nodes",
     "remove_identities",
