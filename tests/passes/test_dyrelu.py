@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import warnings
+import importlib.util
 from pathlib import Path
 
 import onnx
@@ -12,67 +11,25 @@ import pytest
 
 from relu_deploy.export import export_model
 from relu_deploy.export.specs import DynamicAxis, ExampleInput
-from relu_deploy.graph import import_graph, load_model, name_nodes
+from relu_deploy.graph import load_model
 from relu_deploy.passes import dyrelu
 from relu_deploy.passes.dyrelu import DyReluSite, find_dyrelu
-from relu_deploy.passes.shapes import annotate
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
 from torch import nn  # noqa: E402
 
 from relu_deploy.nn.dynamic import DyReLU  # noqa: E402
 
+_SPEC = importlib.util.spec_from_file_location("dyrelu_units", Path(__file__).with_name("dyrelu_units.py"))
+units = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(units)
+CHANNELS, IMAGE, TOKENS = units.CHANNELS, units.IMAGE, units.TOKENS
+ByCombination, Dyhead, Hyper, Images, Permuted, Tokens = (
+    units.ByCombination, units.Dyhead, units.Hyper, units.Images, units.Permuted, units.Tokens,
+)  # fmt: skip
+annotated, perturbed, traced = units.annotated, units.perturbed, units.traced
+
 pytestmark = pytest.mark.torch
-
-CHANNELS = 8
-
-
-def perturbed(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A unit starts as ReLU; this one has left its start."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def annotated(model: onnx.ModelProto) -> gs.Graph:
-    name_nodes(model.graph)
-    graph = import_graph(model)
-    annotate(graph, model)
-    return graph
-
-
-def traced(model: nn.Module, shape: tuple[int, ...], opset: int = 17) -> gs.Graph:
-    """As torch's older exporter writes it, with nothing of this project in between."""
-    stream = io.BytesIO()
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the exporter's age
-        torch.onnx.export(model.eval(), (torch.randn(shape),), stream, opset_version=opset, dynamo=False)
-    return annotated(onnx.load_from_string(stream.getvalue()))
-
-
-class Images(nn.Module):
-    def __init__(self, *units: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*[m for u in units for m in (nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), u)])
-        self.head = nn.Conv2d(CHANNELS, 2, 1)
-
-    def forward(self, x):
-        return self.head(self.layers(x))
-
-
-class Tokens(nn.Module):
-    def __init__(self, unit: nn.Module) -> None:
-        super().__init__()
-        self.up, self.unit, self.down = nn.Linear(CHANNELS, 16), unit, nn.Linear(16, CHANNELS)
-
-    def forward(self, x):
-        return self.down(self.unit(self.up(x)))
-
-
-IMAGE, TOKENS = (2, CHANNELS, 6, 5), (2, 7, CHANNELS)
 
 
 def exported(net: nn.Module, shape, path: Path, exporter: str, opset: int, *, dynamic: bool) -> gs.Graph:
@@ -137,78 +94,6 @@ def test_own_units_of_vectors(variant, tmp_path):
     check(site, variant, 2, graph)
 
 
-class Hyper(nn.Module):
-    """Pool and two layers; what strangers' units share."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(CHANNELS, 4), nn.Linear(4, outputs)
-
-    def forward(self, x):
-        return 2 * torch.sigmoid(self.two(torch.relu(self.one(x.mean((2, 3)))))) - 1
-
-
-class Permuted(nn.Module):
-    """The widespread torch port: channels moved last, coefficients stacked, a maximum over the stack."""
-
-    def __init__(self, shared: bool, pieces: int = 2) -> None:
-        super().__init__()
-        self.shared, self.pieces = shared, pieces
-        self.hyper = Hyper(2 * pieces * (1 if shared else CHANNELS))
-        self.register_buffer("lambdas", torch.tensor([1.0] * pieces + [0.5] * pieces))
-        self.register_buffer("init", torch.tensor([1.0] + [0.0] * (2 * pieces - 1)))
-
-    def forward(self, x):
-        k = self.pieces
-        theta = self.hyper(x)
-        if self.shared:
-            c = theta.view(-1, 2 * k) * self.lambdas + self.init
-            moved = x.transpose(0, -1).unsqueeze(-1)
-            return torch.max(moved * c[:, :k] + c[:, k:], dim=-1)[0].transpose(0, -1)
-        c = theta.view(-1, CHANNELS, 2 * k) * self.lambdas + self.init
-        moved = x.permute(2, 3, 0, 1).unsqueeze(-1)
-        return torch.max(moved * c[:, :, :k] + c[:, :, k:], dim=-1)[0].permute(2, 3, 0, 1)
-
-
-class Dyhead(nn.Module):
-    """As detection heads have it: convolutions on the pooled map, a hard sigmoid, four maps split off."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.one, self.two = nn.Conv2d(CHANNELS, 4, 1), nn.Conv2d(4, 4 * CHANNELS, 1)
-
-    def forward(self, x):
-        y = nn.functional.hardsigmoid(self.two(torch.relu(self.one(self.pool(x)))))
-        a1, b1, a2, b2 = torch.split(y, CHANNELS, dim=1)
-        return torch.max(x * ((a1 - 0.5) * 2 + 1) + (b1 - 0.5), x * ((a2 - 0.5) * 2) + (b2 - 0.5))
-
-
-class ByCombination(nn.Module):
-    """One hyper function, and a way to put two lines together."""
-
-    def __init__(self, combine) -> None:
-        super().__init__()
-        self.hyper, self.combine = Hyper(4 * CHANNELS), combine
-
-    def forward(self, x):
-        return self.combine(x, *(part[:, :, None, None] for part in self.hyper(x).chunk(4, 1)))
-
-
-class Attended(nn.Module):
-    """Variant C as the paper writes it: the attention inside every coefficient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hyper, self.map = Hyper(4 * CHANNELS), nn.Conv2d(CHANNELS, 1, 1)
-
-    def forward(self, x):
-        a1, b1, a2, b2 = (part[:, :, None, None] for part in self.hyper(x).chunk(4, 1))
-        z = self.map(x)
-        pi = (torch.softmax(z.flatten(1) / 10, 1) * (z.shape[2] * z.shape[3] / 3)).clamp(max=1).view_as(z)
-        return torch.max(pi * a1 * x + pi * b1, pi * a2 * x + pi * b2)
-
-
 def larger(x, a1, b1, a2, b2):
     p, q = x * a1 + b1, a2 * x + b2
     return torch.where(p > q, p, q)
@@ -224,7 +109,7 @@ STRANGERS = [
     pytest.param(Permuted(shared=False, pieces=3), "B", 3, id="permuted three"),
     pytest.param(Permuted(shared=True), "A", 2, id="permuted shared"),
     pytest.param(Dyhead(), "B", 2, id="detection head"),
-    pytest.param(Attended(), "C", 2, id="attention inside"),
+    pytest.param(units.Attended(), "C", 2, id="attention inside"),
     pytest.param(ByCombination(larger), "B", 2, id="where"),
     pytest.param(ByCombination(smaller_first), "B", 2, id="where the other way"),
     pytest.param(

@@ -1,0 +1,337 @@
+"""Freeze the coefficients of a DY-ReLU that calibration saw (almost) constant: ``max_k (a_k x + b_k)``, a and b fixed.
+
+A trained unit may have learned not to be dynamic. Each coefficient goes to the middle of what calibration saw of it;
+with radius r around that middle and |x| <= X, the output moves by at most ``max_k (r_a X + r_b)``, channel by channel.
+What is left is an ordinary function of x, which the passes after this one make a Relu, a PRelu or a table of; the
+network that computed the coefficients is dead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from calib.ranges import Ranges, TensorRange
+from relu_deploy.passes.dyrelu import DyReluSite, find_dyrelu
+from relu_deploy.passes.lines import LAYOUT, axes_of, rank_of
+from relu_deploy.passes.region import constant_values
+from relu_deploy.report import PassReport, Skip
+
+Array = npt.NDArray[np.float64]
+
+
+class _RefusedError(Exception):
+    """Why a unit stays dynamic."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frozen:
+    """One coefficient: its middle, as stored, and how far it was ever seen from that; the batch axis has one entry."""
+
+    middle: Array
+    radius: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """Of one tensor of the unit: largest magnitude, dynamic or frozen, and largest difference between the two."""
+
+    size: Array
+    error: Array
+
+
+def fold_dyrelu(graph: gs.Graph, ranges: Ranges, *, tolerance: float) -> PassReport:
+    """Make a DY-ReLU static where that moves its output by at most ``tolerance``.
+
+    Args:
+        graph: Sorted topologically, with shapes. Edited in place; the nodes that computed coefficients are left for
+            ``cleanup``.
+        ranges: Measured on this network: of x, and of the vectors that the coefficients are cut from.
+        tolerance: Largest error, in units of the output, >= 0. It is a bound for inputs that keep to the ranges.
+
+    Returns:
+        Changed: the nodes that make the output of a unit. Notes: the bound of each. Skipped: the other units, with the
+        bound or with what stands in the way.
+    """
+    changed: list[str] = []
+    skipped: list[Skip] = []
+    notes: dict[str, str] = {}
+    for site in find_dyrelu(graph):
+        try:
+            note = _fold(graph, site, ranges, tolerance)
+        except _RefusedError as error:
+            skipped.append(Skip(site.name, f"DY-ReLU-{site.variant} stays: {error}"))
+            continue
+        changed.append(site.name)
+        notes[site.name] = note
+    return PassReport("fold_dyrelu", tuple(changed), tuple(skipped), notes)
+
+
+def _fold(graph: gs.Graph, site: DyReluSite, ranges: Ranges, tolerance: float) -> str:
+    """Decide on one unit and freeze it; returns what was shown."""
+    entries = [(node, tensor) for node, tensor in site.entries if tensor is not site.attention]
+    frozen = {id(tensor): _freeze(tensor, ranges) for _, tensor in entries}
+    error = float(_bound(site, frozen, ranges).max())
+    radius = max(float(part.radius.max()) for part in frozen.values())
+    seen = f"its coefficients stay within {radius:.3g} of their middle over {ranges.samples} samples"
+    if not error <= tolerance:
+        raise _RefusedError(f"{seen}, so frozen it would be off by up to {error:.3g}; allowed is {tolerance:.3g}")
+    names = set(graph.tensors())
+    for node, tensor in entries:
+        name = next(n for n in (f"{tensor.name}/frozen{'_' * i}" for i in range(len(names) + 1)) if n not in names)
+        names.add(name)
+        constant = gs.Constant(name, frozen[id(tensor)].middle.astype(_dtype(tensor, site)))
+        node.inputs = [constant if old is tensor else old for old in node.inputs]
+    return f"DY-ReLU-{site.variant} made static: {seen}; off by at most {error:.3g} where x keeps to its range"
+
+
+def _dtype(tensor: gs.Tensor, site: DyReluSite) -> np.dtype[np.float64]:
+    """Type of a coefficient; where inference does not tell, that of x."""
+    found = tensor.dtype if tensor.dtype is not None else site.input.dtype
+    if found is None:
+        raise _RefusedError(f"the type of {tensor.name} is not known")
+    kind: np.dtype[np.float64] = np.dtype(found)
+    return kind
+
+
+def _freeze(tensor: gs.Tensor, ranges: Ranges) -> _Frozen:
+    """The middle of what was seen of a coefficient."""
+    low, high = _interval(tensor, ranges)
+    middle = (low + high) / 2
+    if rank_of(tensor) not in (None, middle.ndim):
+        raise _RefusedError(f"the shape of {tensor.name} is not known")
+    stored = middle.astype(tensor.dtype).astype(np.float64) if tensor.dtype is not None else middle
+    return _Frozen(middle, (high - low) / 2 + np.abs(stored - middle))
+
+
+def _interval(tensor: gs.Tensor, ranges: Ranges) -> tuple[Array, Array]:
+    """Least and largest value of each element: as measured, or by way of the vectors that it is computed from.
+
+    The operators in between are monotone in each element and mix none, so images of extremes are extremes.
+    """
+    found = _vector_range(tensor, ranges)
+    if found is not None:
+        return found
+    if len(tensor.inputs) != 1:
+        raise _RefusedError(f"there is no range for each element of {tensor.name}")
+    (node,) = tensor.inputs
+    live = [side for side in node.inputs if constant_values(side) is None and not side.is_empty()]
+    if node.op in ("Add", "Sub") and len(live) == 2:
+        (a, b), (c, d) = (_interval(side, ranges) for side in node.inputs)
+        return (a + c, b + d) if node.op == "Add" else (a - d, b - c)
+    if node.op not in _STEPS:
+        raise _RefusedError(f"there is no range for each element of {tensor.name}")
+    ends = [_STEPS[node.op](end, node, tensor) for end in _interval(live[0], ranges)]
+    return np.minimum(*ends), np.maximum(*ends)
+
+
+def _vector_range(tensor: gs.Tensor, ranges: Ranges) -> tuple[Array, Array] | None:
+    """Extremes of each element, of a tensor that varies along the batch and one more axis."""
+    found = ranges.tensors.get(tensor.name)
+    if found is None or tensor.shape is None or found.channel_min is None or found.channel_max is None:
+        return None
+    if any(size != 1 for axis, size in enumerate(tensor.shape) if axis not in (0, found.axis)) or not found.axis:
+        return None
+    shape = [-1 if axis == found.axis else 1 for axis in range(len(tensor.shape))]
+    return found.channel_min.astype(np.float64).reshape(shape), found.channel_max.astype(np.float64).reshape(shape)
+
+
+def _shaped(row: Array, node: gs.Node, made: gs.Tensor) -> Array:
+    """A change of layout in which every axis but the batch's is known."""
+    shape = made.shape
+    if shape is None or not all(isinstance(size, int) and size > 0 for size in shape[1:]):
+        raise _RefusedError(f"the shape of {made.name} is not known")
+    if math.prod(shape[1:]) != row.size:
+        raise _RefusedError(f"{node.op} {node.name} moves the batch axis")
+    return row.reshape(1, *shape[1:])
+
+
+def _unsqueezed(row: Array, node: gs.Node, made: gs.Tensor) -> Array:
+    axes = axes_of(node)
+    return np.expand_dims(row, tuple(axes)) if axes and 0 not in axes else _shaped(row, node, made)
+
+
+def _split(row: Array, node: gs.Node, made: gs.Tensor) -> Array:
+    """One part; sizes from the inferred shapes."""
+    axis = int(node.attrs.get("axis", 0))
+    places = [0]
+    for output in node.outputs:
+        size = None if output.shape is None else output.shape[axis]
+        if not isinstance(size, int):
+            raise _RefusedError(f"the shape of {output.name} is not known")
+        places.append(places[-1] + size)
+    index = next(i for i, output in enumerate(node.outputs) if output is made)
+    return np.take(row, range(places[index], places[index + 1]), axis=axis)
+
+
+def _slice(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
+    """A part, by constant starts and ends."""
+    parts = [constant_values(tensor) for tensor in node.inputs[1:]]
+    if len(parts) < 2 or any(part is None for part in parts):
+        raise _RefusedError(f"Slice {node.name} has no constant bounds")
+    starts, ends, *rest = [part.reshape(-1).tolist() for part in parts if part is not None]
+    axes = rest[0] if rest else range(len(starts))
+    steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+    index = [slice(None)] * row.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[axis] = slice(start, end, step)
+    if index[0] != slice(None):
+        raise _RefusedError(f"Slice {node.name} cuts the batch")
+    part: Array = row[tuple(index)]
+    return part
+
+
+def _gather(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
+    """One or some entries along an axis."""
+    places, axis = constant_values(node.inputs[1]), int(node.attrs.get("axis", 0))
+    if places is None or axis % row.ndim == 0:
+        raise _RefusedError(f"Gather {node.name} has no constant places, or takes samples out of a batch")
+    return np.take(row, places, axis=axis)
+
+
+def _arithmetic(operation: Callable[[Array, Array], Array]) -> Callable[[Array, gs.Node, gs.Tensor], Array]:
+    """An operator with a constant on one side; monotone in the other, whatever the constant."""
+
+    def step(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
+        sides = [constant_values(tensor) for tensor in node.inputs]
+        left, right = (row if side is None else side.astype(np.float64) for side in sides)
+        if all(side is None for side in sides) or (node.op == "Div" and sides[1] is None):
+            raise _RefusedError(f"{node.op} {node.name} is not monotone in one tensor")
+        result = operation(left, right)
+        if result.size != row.size or result.shape[0] != 1:
+            raise _RefusedError(f"{node.op} {node.name} changes the shape")
+        return result
+
+    return step
+
+
+def _function(function: Callable[[Array, gs.Node], Array]) -> Callable[[Array, gs.Node, gs.Tensor], Array]:
+    """An operator of one tensor."""
+    return lambda row, node, _made: function(row, node)
+
+
+def _sigmoid(row: Array, _node: gs.Node) -> Array:
+    return 0.5 + 0.5 * np.tanh(0.5 * row)
+
+
+def _hard_sigmoid(row: Array, node: gs.Node) -> Array:
+    return np.asarray(np.clip(node.attrs.get("alpha", 0.2) * row + node.attrs.get("beta", 0.5), 0, 1))
+
+
+def _clip(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
+    bounds = [None if t.is_empty() else constant_values(t) for t in node.inputs[1:]]
+    low, high = (*bounds, None, None)[:2]
+    if any(not tensor.is_empty() and bound is None for tensor, bound in zip(node.inputs[1:], bounds, strict=True)):
+        raise _RefusedError(f"Clip {node.name} has no constant bounds")
+    low = node.attrs.get("min", -np.inf) if low is None else low
+    return np.asarray(np.clip(row, low, node.attrs.get("max", np.inf) if high is None else high))
+
+
+def _transposed(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
+    return np.transpose(row, node.attrs.get("perm"))
+
+
+_STEPS: dict[str, Callable[[Array, gs.Node, gs.Tensor], Array]] = {
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze"), _shaped),
+    "Unsqueeze": _unsqueezed,
+    **dict.fromkeys(("Identity", "Cast", "Dropout"), _function(lambda row, _: row)),
+    "Split": _split,
+    "Slice": _slice,
+    "Gather": _gather,
+    "Transpose": _transposed,
+    "Add": _arithmetic(np.add),
+    "Sub": _arithmetic(np.subtract),
+    "Mul": _arithmetic(np.multiply),
+    "Div": _arithmetic(np.divide),
+    "Neg": _function(lambda row, _: -row),
+    "Sigmoid": _function(_sigmoid),
+    "HardSigmoid": _function(_hard_sigmoid),
+    "Tanh": _function(lambda row, _: np.tanh(row)),
+    "Relu": _function(lambda row, _: np.maximum(row, 0)),
+    "Clip": _clip,
+}
+
+
+def _bound(site: DyReluSite, frozen: dict[int, _Frozen], ranges: Ranges) -> Array:
+    """Largest error of the output, shaped to broadcast against it."""
+    bounds = {key: _Bound(np.abs(part.middle) + part.radius, part.radius) for key, part in frozen.items()}
+    bounds[id(site.input)] = _exact(site.input, ranges, by_channel=True)
+    if site.attention is not None:
+        bounds[id(site.attention)] = _exact(site.attention, ranges, by_channel=False)
+    for node in site.body:
+        if node.op in ("Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
+            continue  # it only chooses between the two that it compares
+        operands = node.inputs[:1] if node.op in (*LAYOUT, "ReduceMax") else node.inputs
+        operands = operands[1:] if node.op == "Where" else operands
+        bounds[id(node.outputs[0])] = _after(node, [_operand(tensor, bounds) for tensor in operands])
+    return bounds[id(site.output)].error
+
+
+def _exact(tensor: gs.Tensor, ranges: Ranges, *, by_channel: bool) -> _Bound:
+    """Of a tensor that freezing does not touch: its range."""
+    found = ranges.tensors.get(tensor.name)
+    rank = rank_of(tensor)
+    if found is None or rank is None:
+        raise _RefusedError(f"there is no range for {tensor.name}")
+    size = _channel_sizes(found, rank) if by_channel else None
+    size = np.full((1,) * rank, found.absmax) if size is None else size
+    return _Bound(size, np.zeros_like(size))
+
+
+def _channel_sizes(found: TensorRange, rank: int) -> Array | None:
+    """Largest magnitude of each channel, on its axis."""
+    if found.axis is None or found.channel_min is None or found.channel_max is None:
+        return None
+    sizes = np.maximum(np.abs(found.channel_min), np.abs(found.channel_max)).astype(np.float64)
+    return sizes.reshape([-1 if axis == found.axis else 1 for axis in range(rank)])
+
+
+def _operand(tensor: gs.Tensor, bounds: dict[int, _Bound]) -> _Bound:
+    if id(tensor) in bounds:
+        return bounds[id(tensor)]
+    values = constant_values(tensor)
+    if values is None:
+        raise _RefusedError(f"there is no range for {tensor.name}")
+    size = np.abs(values.astype(np.float64))
+    return _Bound(size, np.zeros_like(size))
+
+
+def _after(node: gs.Node, parts: list[_Bound]) -> _Bound:
+    """Bounds of what a node of the body makes."""
+    if node.op in ("Add", "Sub"):
+        return _Bound(parts[0].size + parts[1].size, parts[0].error + parts[1].error)
+    if node.op == "Mul":
+        one, two = parts
+        return _Bound(one.size * two.size, one.error * two.size + one.size * two.error)
+    if node.op in ("Max", "Where", "Relu", "Identity", "Cast", "Dropout"):
+        return _each(parts, lambda *arrays: _largest(arrays))
+    if node.op == "Transpose":
+        return _each(parts, lambda array: np.transpose(array, node.attrs.get("perm")))
+    axes = axes_of(node)
+    if axes and node.op == "Unsqueeze":
+        return _each(parts, lambda array: np.expand_dims(array, tuple(axes)))
+    if axes and node.op == "Squeeze":
+        return _each(parts, lambda array: np.squeeze(array, tuple(axes)))
+    if axes and node.op == "ReduceMax":
+        keep = bool(node.attrs.get("keepdims", 1))
+        return _each(parts, lambda array: array.max(tuple(axes), keepdims=keep))
+    if node.op == "Concat":
+        return _each(parts, lambda *arrays: np.concatenate(np.broadcast_arrays(*arrays), node.attrs["axis"]))
+    raise _RefusedError(f"no bound is known across {node.op} {node.name}")
+
+
+def _each(parts: list[_Bound], function: Callable[..., Array]) -> _Bound:
+    """Apply it to sizes and to errors."""
+    return _Bound(function(*(part.size for part in parts)), function(*(part.error for part in parts)))
+
+
+def _largest(arrays: tuple[Array, ...]) -> Array:
+    result = arrays[0]
+    for array in arrays[1:]:
+        result = np.maximum(result, array)
+    return result
