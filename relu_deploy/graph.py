@@ -245,6 +245,8 @@ def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     model.domain, model.model_version, model.doc_string = like.domain, like.model_version, like.doc_string
     del model.metadata_props[:]
     model.metadata_props.extend(like.metadata_props)
+    ops.drop_definitions(model)
+    ops.define_operators(model, opset(model))
     name_nodes(model.graph)
     return model
 

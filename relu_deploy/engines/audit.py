@@ -8,7 +8,9 @@ guessed.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 UNKNOWN = "unknown"
@@ -45,13 +47,39 @@ class Activation:
 
     Attributes:
         name: Its ONNX node, or the kernel where no node could be named.
-        kind: ``relu``, ``clip``, ``silu``, ``sigmoid``, ``erf``, ...
-        kernel: The kernel or node that computes it.
+        kind: ``relu``, ``clip``, ``silu``, ``sigmoid``, ``erf``, ...; ``hinges`` or ``table`` for one that is spelled
+            out in other operators.
+        kernel: The kernel or node that computes it; several, joined by commas, where it was cut up.
     """
 
     name: str
     kind: str
     kernel: str = ""
+
+
+# How passes name the nodes that stand for one activation which has no operator of its own.
+_PARTS = re.compile(r"(?P<unit>.+)/(?:(?P<hinges>hinge_\d+)/\w+|(?P<table>(?:slopes/)?found))")
+
+
+def part_of(name: str) -> tuple[str, str] | None:
+    """The activation that a node is a part of, and its form (``hinges`` or ``table``); None for other nodes.
+
+    >>> part_of("act3/hinge_0/Relu"), part_of("act3/found"), part_of("act3")
+    (('act3', 'hinges'), ('act3', 'table'), None)
+    """
+    match = _PARTS.fullmatch(name)
+    return None if match is None else (match["unit"], "hinges" if match["hinges"] else "table")
+
+
+def joined(activations: Iterable[Activation]) -> tuple[Activation, ...]:
+    """The same, where the parts of one activation become one, with all its kernels."""
+    kept: dict[tuple[str, str], list[Activation]] = {}
+    for activation in activations:
+        kept.setdefault(part_of(activation.name) or (activation.name, activation.kind), []).append(activation)
+    return tuple(
+        Activation(name, kind, ", ".join(dict.fromkeys(part.kernel for part in parts)))
+        for (name, kind), parts in kept.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable
 
 import onnx
 
-from relu_deploy.engines.audit import UNKNOWN, Activation, Audit, LinearLayer
+from relu_deploy.engines.audit import UNKNOWN, Activation, Audit, LinearLayer, joined, part_of
 from relu_deploy.engines.promise import ACTIVATIONS, Promises
 from relu_deploy.graph import all_nodes, name_nodes
 
@@ -46,7 +46,7 @@ def audit_graph(optimised: onnx.ModelProto, source: onnx.ModelProto) -> Audit:
         source="optimised graph",
         kernels=sum(node.op_type != "Constant" for node in nodes),
         linear=linear,
-        activations=tuple(found for node in nodes for found in _activations(node, names)),
+        activations=joined(found for node in nodes for found in _activations(node, names)),
         islands=_islands(list(optimised.graph.node), _whole_numbers(optimised)),
     )
 
@@ -92,6 +92,9 @@ def _why_not_fused(promises: Promises, name: str) -> str | None:
 
 def _activations(node: onnx.NodeProto, names: set[str]) -> Iterable[Activation]:
     """The activation that a node is, or holds inside."""
+    if (part := part_of(node.name)) is not None:
+        yield Activation(node.name, part[1], f"{node.op_type} {node.name}")
+        return
     fused = _attribute(node, "activation")
     kind = ACTIVATIONS.get(node.op_type) or (ACTIVATIONS.get(fused, fused.lower()) if fused else None)
     if kind:

@@ -6,7 +6,7 @@ import math
 
 import onnx
 
-from relu_deploy.engines.audit import Audit
+from relu_deploy.engines.audit import Audit, part_of
 from relu_deploy.graph import all_nodes
 
 # Operator -> kind; the contrib operators are what ONNX Runtime's optimiser writes.
@@ -95,6 +95,7 @@ def disagreements(model: onnx.ModelProto, audit: Audit, *, student: bool = False
             reason = layer.reason or promises.why_float(name) or "the reason is not known"
             found.append(f"{op} {name!r} has quantised operands, but runs in {layer.precision}: {reason}")
     own = {ACTIVATIONS[node.op_type] for node in promises.nodes.values() if node.op_type in ACTIVATIONS}
+    own |= {part[1] for name in promises.nodes if (part := part_of(name)) is not None}
     # Compilers respell: x * sigmoid(x) becomes a SiLU, and a GELU is computed from erf or tanh.
     own |= {"silu", "hardsigmoid"} if own & {"sigmoid", "silu", "hardswish", "hardsigmoid"} else set()
     own |= {"gelu", "erf", "tanh"} if own & {"gelu", "erf", "tanh", "mish"} else set()

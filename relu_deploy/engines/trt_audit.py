@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
 
-from relu_deploy.engines.audit import UNKNOWN, Activation, Audit, LinearLayer
+from relu_deploy.engines.audit import UNKNOWN, Activation, Audit, LinearLayer, part_of
 from relu_deploy.engines.kernels import SIZES, Kernel, LinearOp, Operand
 from relu_deploy.engines.log import Log
 from relu_deploy.engines.plan import Program
@@ -50,7 +50,7 @@ def audit_engine(
         source="plan" if chosen else "build log",
         kernels=len(kernels),
         linear=_linear(kernels, ops, promises, turing=any("sm75" in program.accelerators for program in chosen)),
-        activations=tuple(_activations(kernels, ops)),
+        activations=(*_activations(kernels, ops), *_spelled_out(kernels)),
         bytes_moved=bytes_moved,
         conflicts=_conflicts(kernels, log.kernels) if chosen else (),
         notes=tuple(notes),
@@ -108,6 +108,8 @@ def _activations(kernels: Sequence[Kernel], ops: Mapping[str, str]) -> Iterable[
     explained: set[int] = set()
     last = {name: index for index, kernel in enumerate(kernels) for name in kernel.layers}
     for name, index in last.items():
+        if part_of(name) is not None:
+            continue
         kind = ACTIVATIONS.get(ops.get(name, ""))
         if kind is None:
             continue
@@ -122,6 +124,15 @@ def _activations(kernels: Sequence[Kernel], ops: Mapping[str, str]) -> Iterable[
             yield from (Activation(kernel.name, word, kernel.name) for word in sorted(_evidence(kernel)))
         if not ops and ("relu" in kernel.ops or any("relu" in (op.fused or ()) for op in kernel.linear)):
             yield Activation(kernel.name, "relu", kernel.name)
+
+
+def _spelled_out(kernels: Sequence[Kernel]) -> Iterable[Activation]:
+    """Activations spelled out in other operators, each with all kernels that compute a part of it."""
+    units: dict[tuple[str, str], dict[int, str]] = {}
+    for index, kernel in enumerate(kernels):
+        for part in filter(None, map(part_of, kernel.layers)):
+            units.setdefault(part, {})[index] = kernel.name  # by number: generated names are cut short, and repeat
+    return (Activation(unit, kind, ", ".join(names.values())) for (unit, kind), names in units.items())
 
 
 def _smooth(op: str | None) -> bool:

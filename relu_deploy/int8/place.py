@@ -32,6 +32,7 @@ INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigm
 STAND_IN = "Table"
 # Quantised after the last linear layer too, when their inputs are: their output range is their inputs' own.
 TAIL_OPS = ("Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Relu", "Clip")
+_POOLS = ("GlobalAveragePool", "ReduceMean")
 # TensorRT-RTX 1.7.1 reads a ConvTranspose with Q/DQ, then silently multiplies in float. Tried: SM 89 and 120; kernels
 # of 1 to 4, strides 1 and 2, with and without groups; weights per channel and per tensor; float32 and float16. Part is
 # in tests/engines/test_quantizer_engines.py. The data-centre library was not tried: it keeps its Q/DQ.
@@ -93,6 +94,26 @@ def place(
     if number.unsigned:
         return _place_ort(graph, known, chosen, layers)
     return _place_tensorrt(graph, known, chosen, layers, number)
+
+
+def with_pooled(graph: gs.Graph, placement: Placement, outputs: Iterable[str], measured: Iterable[str]) -> Placement:
+    """Also quantise what a pool over all positions reads of a learned activation.
+
+    TensorRT-RTX 1.7 makes one kernel of such an activation, Q/DQ and the mean. Without Q/DQ, behind a layer with a
+    scale for each output channel, it cuts the activation in two and writes floats in between (benchmarks/pwlu.py).
+
+    Args:
+        graph: What ``placement`` was made from.
+        placement: For a TensorRT target.
+        outputs: Names of the tensors that learned activations make.
+        measured: Names of the tensors that have a range.
+    """
+    uses, made = dict(placement.uses), set(outputs) & set(measured)
+    for node in graph.nodes:
+        name = node.inputs[0].name if node.inputs else ""
+        if node.op in _POOLS and name in made:
+            uses[name] = (uses.get(name) or frozenset()) | {node.name}
+    return dataclasses.replace(placement, uses=uses)
 
 
 def fused_relu(tensor: gs.Variable, graph: gs.Graph) -> gs.Node | None:

@@ -6,20 +6,25 @@ import dataclasses
 from collections.abc import Iterable
 
 import onnx
+import onnx_graphsurgeon as gs
 
 from calib.model import first_quantized
 from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
-from relu_deploy.int8.formats import NumberFormat, QParams, number_format, weight_bits_for_cpu
+from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import spatial_mean_to_pool
-from relu_deploy.int8.place import Layer, Placement, place
+from relu_deploy.int8.place import Layer, Placement, place, with_pooled
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
+from relu_deploy.ops import is_pwlu
+from relu_deploy.passes.affine import fold_affine
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.gemm import products_to_gemm
+from relu_deploy.passes.pwlu import Bound, fold_pwlu
+from relu_deploy.passes.pwlu_spell import spell_pwlu
 
 # The first opset with per-channel QuantizeLinear and DequantizeLinear, and the first with float16 ones.
 _PER_CHANNEL_OPSET = 13
@@ -39,6 +44,7 @@ class QuantReport:
         dropped_activations: ReLU and Clip nodes that became the clipping of a quantiser.
         opset: Of the file written; raised where Q/DQ needs it.
         warnings: What a user should know before trusting the file.
+        folded: Activation without a kernel of its own -> the form that it got.
     """
 
     target: str
@@ -49,6 +55,7 @@ class QuantReport:
     dropped_activations: tuple[str, ...]
     opset: int
     warnings: tuple[str, ...]
+    folded: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def int8_layers(self) -> int:
@@ -107,15 +114,50 @@ def quantize(
     bounds.update({new: bounds[old] for new, old in aliases.items() if old in bounds})
     if number.unsigned:
         bounds = respect_softmax(graph, bounds)
+    learned = {node.outputs[0].name for node in graph.nodes if is_pwlu(node)}
+    folded = _fold_learned(graph, bounds, number, learned)
     sites = stand_in(graph, bounds) if number.unsigned else ()
     placement = place(graph, bounds, number, keep_float=keep_float)
+    if not number.unsigned:
+        placement = with_pooled(graph, placement, learned, bounds)
     _check_layers(placement, keep_float)
     sites = take_back(graph, sites, placement)
     written = write(graph, placement, bounds, number)
     write_tables(graph, sites, written.activations)
+    if number.unsigned:
+        folded |= {site.name: f"a table of 256 codes for {site.channels} functions" for site in sites}
+        folded |= spell_pwlu(graph, number.target).notes  # those between floats
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
-    return quantized, _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings))
+    return quantized, _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings), folded)
+
+
+def _fold_learned(
+    graph: gs.Graph, bounds: dict[str, tuple[float, float]], number: NumberFormat, learned: set[str]
+) -> dict[str, str]:
+    """Fold learned activations to what is cheapest within half a step of their quantised output; says what became.
+
+    The domain is the calibrated range of the input: past it the output is past its own range, and saturates.
+    """
+    if not learned:
+        return {}
+    planned = place(graph, bounds, number)
+    planned = planned if number.unsigned else with_pooled(graph, planned, learned, bounds)
+    allowed = {
+        node.outputs[0].name: Bound(
+            activation_qparams(*bounds[node.outputs[0].name], number).scale / 2, *bounds[node.inputs[0].name]
+        )
+        for node in graph.nodes
+        if is_pwlu(node) and node.outputs[0].name in planned.uses and node.inputs[0].name in bounds
+    }
+    # A scale folded into a layer changes its output's range, which ONNX Runtime's integer layers need: there a table is
+    # as quick for two pieces as for sixteen.
+    notes = fold_pwlu(graph, allowed, two_pieces=not number.unsigned).notes
+    if not number.unsigned:
+        fold_affine(graph)
+        notes |= spell_pwlu(graph, number.target, allowed).notes
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return notes
 
 
 def _weight_bits(asked: int | None, target: str) -> tuple[int, tuple[str, ...]]:
@@ -171,8 +213,9 @@ def _check_layers(placement: Placement, keep_float: Iterable[str]) -> None:
 
 
 def _report(
-    model: onnx.ModelProto, placement: Placement, written: Written, number: NumberFormat, extra: Iterable[str]
-) -> QuantReport:
+    model: onnx.ModelProto, placement: Placement, written: Written, number: NumberFormat, extra: Iterable[str],
+    folded: dict[str, str],
+) -> QuantReport:  # fmt: skip
     warnings = list(extra)
     if written.dead:
         warnings.append(
@@ -192,5 +235,5 @@ def _report(
         warnings.append(f"{len(left)} of {len(placement.layers)} linear layers stay float")
     return QuantReport(
         number.target, number.weight_bits, number.weight_granularity, placement.layers, written.activations,
-        tuple(written.dropped), files.opset(model), tuple(warnings),
+        tuple(written.dropped), files.opset(model), tuple(warnings), folded,
     )  # fmt: skip
