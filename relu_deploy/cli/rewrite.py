@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.safety import FileCommand
 
 if TYPE_CHECKING:
+    from calib.ranges import Ranges
+    from relu_deploy.passes.approximate import Approximation
     from relu_deploy.passes.run import RewriteReport
     from relu_deploy.report import PassReport
 
@@ -22,27 +25,96 @@ if TYPE_CHECKING:
 _NAMES = 3
 
 
-@click.command("rewrite", cls=FileCommand, short_help="Collapse what is exactly ReLU, and clean the graph up.")
+def _parse_range(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[float, float] | None:
+    """Two finite numbers, the smaller one first."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not two numbers with a comma between them, such as -8,8") from error
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise click.BadParameter(f"{text!r} is no range: give two finite numbers, the smaller one first")
+    return low, high
+
+
+def _domain(
+    tolerance: float | None, ends: tuple[float, float] | None, ranges_path: Path | None
+) -> tuple[float, float] | Ranges | None:
+    """Where bounds have to hold."""
+    from calib.ranges import load
+
+    if ends and ranges_path:
+        raise click.UsageError("--range and --ranges both say where the bound has to hold; give one of them")
+    if tolerance is None and (ends or ranges_path):
+        raise click.UsageError(
+            f"{'--range' if ends else '--ranges'} needs --collapse-tolerance; 0 collapses what is exactly ReLU there"
+        )
+    if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
+        raise click.UsageError("--collapse-tolerance takes a finite number from 0 on, such as 0.005")
+    return load(ranges_path) if ranges_path else ends
+
+
+@click.command("rewrite", cls=FileCommand, short_help="Collapse what is ReLU, and clean the graph up.")
 @click.argument("model", type=INPUT_FILE)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="Where the rewritten network goes.")
+@click.option(
+    "--collapse-tolerance",
+    "tolerance",
+    type=float,
+    metavar="EPS",
+    help="Also collapse what is proven to be within EPS of ReLU, in units of the tensor; 0: nothing but ReLU itself, "
+    "on the range that is given. Without it, only what is exactly ReLU everywhere.",
+)
+@click.option(
+    "--range",
+    "ends",
+    metavar="LO,HI",
+    callback=_parse_range,
+    help="With --collapse-tolerance: the bound has to hold for inputs from LO to HI of every region. Without it and "
+    "--ranges: for every finite number.",
+)
+@click.option(
+    "--ranges",
+    "ranges_path",
+    type=INPUT_FILE,
+    metavar="FILE",
+    help="With --collapse-tolerance: the bound has to hold on what calibration measured of each region's input, "
+    "channel by channel where it can. FILE is what calibrate wrote for MODEL.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not compare its outputs with the original's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs of that comparison.")
 @json_option
-def command(model: Path, output: Path, no_verify: bool, seed: int, json_path: str | None) -> None:
-    """Collapse what is exactly ReLU into Relu nodes, and clean the graph up for INT8.
+def command(
+    model: Path,
+    output: Path,
+    tolerance: float | None,
+    ends: tuple[float, float] | None,
+    ranges_path: Path | None,
+    no_verify: bool,
+    seed: int,
+    json_path: str | None,
+) -> None:
+    """Collapse what is ReLU into Relu nodes, and clean the graph up for INT8.
 
-    MODEL is an ONNX file. A region of nodes is replaced only if it is proven to be ReLU, whatever its spelling; every
-    other activation is listed with what it is. Where nothing is to be done, the output is a copy of the input.
+    MODEL is an ONNX file. A region of nodes is replaced only if it is proven to be ReLU, whatever its spelling:
+    exactly, or within EPS of it. Every collapse is listed with its bound and where that holds, every other activation
+    with what it is and, when there is an EPS, how far it is from ReLU. Where nothing is to be done, the output is a
+    copy of the input.
 
     \b
-    Example:
+    Examples:
       relu-deploy rewrite student.onnx -o student.relu.onnx
+      relu-deploy rewrite student.onnx -o student.relu.onnx --collapse-tolerance 0.005
+      relu-deploy rewrite student.onnx -o student.relu.onnx --collapse-tolerance 0.005 --range -8,8
+      relu-deploy rewrite student.onnx -o student.relu.onnx --collapse-tolerance 0.005 --ranges ranges.json
     """  # noqa: D301  \b is click's mark for text that keeps its lines
     from relu_deploy.graph import load_model, save_model
     from relu_deploy.passes.run import rewrite
 
+    domain = _domain(tolerance, ends, ranges_path)
     original = load_model(model)
-    result, report = rewrite(original, verify=not no_verify, seed=seed)
+    result, report = rewrite(original, verify=not no_verify, seed=seed, collapse_tolerance=tolerance, domain=domain)
     save_model(result, output)
     emit(report, json_path, lambda: render(report, output))
 
@@ -54,7 +126,12 @@ def render(report: RewriteReport, output: Path | None = None) -> Group:
         for row in _rows(entry):
             table.add_row(*row)
     written = "" if output is None else f": {output}"
-    lines = [Text(f"{report.nodes_before} nodes -> {report.nodes_after}{written}"), _verdict(report)]
+    lines = [Text(f"{report.nodes_before} nodes -> {report.nodes_after}{written}")]
+    loose = report.approximation
+    if loose is None or not loose.collapses or report.verification is not None:
+        lines.append(_verdict(report))
+    if loose is not None and loose.collapses:
+        lines.append(_loose_verdict(loose))
     return Group(table, *lines) if table.row_count else Group(*lines)
 
 
@@ -69,6 +146,27 @@ def _rows(entry: PassReport) -> list[tuple[str, str, str, str]]:
         shown = ", ".join(names[:_NAMES]) + (", ..." if count > _NAMES else "")
         rows.append((entry.name, f"{fate} {count}", shown, reason))
     return rows
+
+
+def _loose_verdict(loose: Approximation) -> Text:
+    """What collapsing to a tolerance changed, as far as it was measured."""
+    from relu_deploy.passes.certificate import above
+
+    worst = max(row.eps for row in loose.collapses)
+    count = f"{len(loose.collapses)} region{'s' if len(loose.collapses) > 1 else ''}"
+    proven = f"{count} collapsed to a tolerance of {loose.tolerance:g}, the largest bound is {above(worst)}"
+    if not loose.samples:
+        return Text(f"{proven}; outputs were not compared with the original's. {loose.note}".rstrip(), style="yellow")
+    measured = max(row.measured or 0.0 for row in loose.collapses)
+    outside = max(row.outside or 0.0 for row in loose.collapses)
+    moved = max((output.error for output in loose.outputs), default=0.0)
+    text = (
+        f"{proven}, the largest difference seen on {loose.samples} random inputs {measured:.3g}; "
+        f"outputs moved by up to {moved:.2g} relative to their largest magnitude"
+    )
+    if outside:
+        text += f"; up to {outside:.1%} of a region's values lay outside its range, where nothing is claimed"
+    return Text(text, style="yellow" if outside else "green")
 
 
 def _verdict(report: RewriteReport) -> Text:

@@ -11,9 +11,8 @@ from fractions import Fraction
 
 import onnx_graphsurgeon as gs
 
-from relu_deploy.passes.certificate import Certificate
-from relu_deploy.passes.classify import classify_piecewise_linear
-from relu_deploy.passes.floats import FLOAT_TYPES, LEAST_DOMAIN, FloatType, float_behaviour
+from relu_deploy.passes.certificate import Certificate, Refusal, certify_exact
+from relu_deploy.passes.floats import FLOAT_TYPES, FloatType
 from relu_deploy.passes.functions import Functions
 from relu_deploy.passes.lower import UnsupportedError
 from relu_deploy.passes.program import Program
@@ -36,17 +35,17 @@ def collapse_relu(graph: gs.Graph) -> PassReport:
         Changed: the nodes whose output is now made by a Relu. Notes: a certificate for each. Skipped: every other
         activation with what it is, and gates with two live inputs.
     """
-    return _Collapse(graph).run()
+    return Collapse(graph).run()
 
 
-class _Collapse:
-    """One run over one graph."""
+class Collapse:
+    """One run over one graph; what is ReLU to a tolerance is the business of a subclass."""
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
         self.functions = Functions(graph)
-        self._certificates: dict[object, Certificate | str] = {}
-        self._replaced: list[tuple[Cut, Cut, Certificate]] = []
+        self._verdicts: dict[object, Certificate | Refusal] = {}
+        self.replaced: list[tuple[Cut, Cut, Certificate]] = []
         self._skipped: dict[str, Skip] = {}
 
     def run(self) -> PassReport:
@@ -55,8 +54,8 @@ class _Collapse:
         for cut in self.functions.gates():
             self._skip(cut, "a gate: it multiplies two live inputs, so it is no function of one tensor")
         places = {id(node): index for index, node in enumerate(self.graph.nodes)}
-        changed = tuple(self._replace(top, cut, places) for top, cut, _ in reversed(self._replaced))
-        notes = {name: str(item[2]) for name, item in zip(changed, reversed(self._replaced), strict=True)}
+        changed = tuple(self._replace(top, cut, places) for top, cut, _ in reversed(self.replaced))
+        notes = {name: str(item[2]) for name, item in zip(changed, reversed(self.replaced), strict=True)}
         return PassReport("collapse_relu", changed, tuple(reversed(self._skipped.values())), notes)
 
     def _decide(self, cut: Cut, followers: list[Cut]) -> Cut:
@@ -64,18 +63,18 @@ class _Collapse:
         assert cut.parent is not None and cut.node is not None  # noqa: S101, PT018 - the walk visits no root
         if not self.functions.of_floats(cut):
             return cut.parent
-        refusals: list[str] = []
+        refusals: list[Refusal] = []
         for top in self._candidates(cut):
             if top is cut.parent and cut.node.op == "Relu":
                 return top  # it is one already
-            verdict = self._certify(top, cut)
+            verdict = self.certify(top, cut)
             if isinstance(verdict, Certificate):
-                self._replaced.append((top, cut, verdict))
+                self.replaced.append((top, cut, verdict))
                 return top
             refusals.append(verdict)
         activation = None if refusals else self.functions.activation(cut, followers)
         if refusals or activation:
-            self._skip(cut, refusals[0] if refusals else str(activation))
+            self._skip(cut, str(refusals[0] if refusals else activation))
         return cut.parent
 
     def _candidates(self, cut: Cut) -> list[Cut]:
@@ -100,34 +99,23 @@ class _Collapse:
                 found.insert(0, here)
         return found
 
-    def _certify(self, top: Cut, cut: Cut) -> Certificate | str:
+    def certify(self, top: Cut, cut: Cut) -> Certificate | Refusal:
         """A certificate for all channels, or the reason why there is none."""
         kind = FLOAT_TYPES.get(onnx_type(top.tensor))
         if kind is None:
-            return f"it is ReLU, but the type of {top.tensor.name} is not known"
+            return Refusal(f"it is ReLU, but the type of {top.tensor.name} is not known")
         try:
             program = program_between(top, cut)
         except UnsupportedError as error:
-            return f"it is ReLU, but {error}"
-        key = (program.steps, program.constants.tobytes(), kind.name)
-        if key not in self._certificates:
-            self._certificates[key] = self._prove(program, kind)
-        return self._certificates[key]
+            return Refusal(f"it is ReLU, but {error}")
+        return self._prove(program, kind, top)
 
-    def _prove(self, program: Program, kind: FloatType) -> Certificate | str:
-        largest = Fraction(kind.largest)
-        for function in self.functions.exact_channels(program):
-            if function is None or not function.is_relu(largest):
-                what = "not piecewise linear" if function is None else classify_piecewise_linear(function).detail
-                return f"ReLU in some channels only; in another it is {what}"
-        behaviour = float_behaviour(program, kind)
-        if behaviour.limit < LEAST_DOMAIN * kind.largest:
-            return (
-                f"ReLU in exact arithmetic, but in {kind.name} not finite or not accurate for "
-                f"|x| > {behaviour.limit:.4g} (0 * inf, overflow or lost digits)"
-            )
-        whole = behaviour.limit == kind.largest
-        return Certificate(0.0, behaviour.limit, kind.name, whole, behaviour.rounding)
+    def _prove(self, program: Program, kind: FloatType, top: Cut) -> Certificate | Refusal:  # noqa: ARG002 - a subclass
+        """Once for each distinct function."""
+        key = (program.steps, program.constants.tobytes(), kind.name)
+        if key not in self._verdicts:
+            self._verdicts[key] = certify_exact(program, kind, self.functions.exact_column)
+        return self._verdicts[key]
 
     def _skip(self, cut: Cut, reason: str) -> None:
         assert cut.node is not None  # noqa: S101 - only tensors that a node makes are skipped

@@ -20,6 +20,8 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from relu_deploy.passes.program import INTEGER, Program, Step
+from relu_deploy.passes.smooth import BOUNDED, RISING, slope_range
+from relu_deploy.passes.stretches import Stretches
 
 Array = npt.NDArray[np.float64]
 
@@ -80,16 +82,29 @@ class Interval:
         return np.maximum(np.abs(self.lo), np.abs(self.hi))
 
 
-def float_behaviour(program: Program, kind: FloatType) -> FloatBehaviour:
-    """Evaluate a region over every finite number of a type, all channels at once."""
+def float_behaviour(
+    program: Program, kind: FloatType, *, atoms: bool = True, domain: tuple[float, float] | None = None
+) -> FloatBehaviour:
+    """Evaluate a region over every finite number of a type, all channels at once.
+
+    Args:
+        program: The region.
+        kind: Its float type.
+        atoms: Whether the proof holds for any value of a smooth function; without it a function is off by what its
+            argument is off times its slope, and by eight units of its own.
+        domain: Numbers outside it do not matter.
+    """
     low = np.ldexp(1.0, np.arange(kind.lowest, math.frexp(kind.largest)[1]))
     with np.errstate(all="ignore"):
         high = np.minimum(low * 2 * (1 - kind.unit / 2), kind.largest)
         lo, hi = np.concatenate([[0.0], low, -high]), np.concatenate([[0.0], high, -low])
-        values = _run(program, Interval(lo, hi, np.zeros_like(lo)), kind)
+        values = _run(program, Interval(lo, hi, np.zeros_like(lo)), kind, atoms=atoms)
         scale = np.maximum(np.minimum(np.abs(lo), np.abs(hi)), 1.0)
         bad = _bad(values[-1], scale, kind)
         relative = np.atleast_2d(values[-1].err / scale).max(axis=0)
+    if domain is not None:
+        outside = (hi < domain[0]) | (lo > domain[1])
+        bad, relative = bad & ~outside, np.where(outside, 0.0, relative)
     if bad[0]:
         return FloatBehaviour(0.0, 0.0, _culprit(program, values, 0))
     sides = bad[1:].reshape(2, -1).any(axis=0)
@@ -126,23 +141,26 @@ def _culprit(program: Program, values: list[Interval], box: int) -> str:
     return program.origin[-1]
 
 
-def _run(program: Program, x: Interval, kind: FloatType) -> list[Interval]:
+def _run(program: Program, x: Interval, kind: FloatType, *, atoms: bool = True) -> list[Interval]:
     channels = program.channels()
     values: list[Interval] = []
     with np.errstate(all="ignore"):
         for step in program.steps:
-            value = x if step.op == "x" else _apply(step, [values[i] for i in step.args], channels, kind)
+            value = x if step.op == "x" else _apply(step, [values[i] for i in step.args], channels, kind, atoms)
             values.append(_overflow(value, kind))
     return values
 
 
-def _apply(step: Step, args: list[Interval], channels: Array, kind: FloatType) -> Interval:
+def _apply(step: Step, args: list[Interval], channels: Array, kind: FloatType, atoms: bool) -> Interval:
     if step.op == "const":
         row = channels[int(step.param)][:, None]
         return Interval(row, row, np.zeros_like(row))
     if step.op == "fn":
-        rule_of = _integer_fn if step.param in INTEGER else _fn
-        return rule_of(str(step.param), args[0], kind)
+        name = str(step.param)
+        if name in INTEGER:
+            return _integer_fn(name, args[0])
+        value = _fn(name, args[0], kind)
+        return value if atoms else Interval(value.lo, value.hi, _fn_error(name, args[0], value, kind))
     if step.op == "lookup" and isinstance(step.param, bytes):
         return _lookup(np.frombuffer(step.param), args[0])
     if step.op in ("random", "bernoulli"):
@@ -253,31 +271,9 @@ def _select(condition: Interval, yes: Interval, no: Interval) -> Interval:
     ))  # fmt: skip
 
 
-def _narrow(limit: float) -> Callable[[Array], Array]:
-    return lambda v: np.where(np.abs(v) > limit, np.copysign(np.inf, v), v)
-
-
-def _integer(v: Array) -> Array:
-    """Truncation; beyond the range of int32 the result of a cast is not defined."""
-    return np.where(np.abs(v) < 2.0**31, np.trunc(v), np.nan)
-
-
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-_RISING: dict[str, Callable[[Array], Array]] = {
-    "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "erf": _erf, "tanh": np.tanh, "atan": np.arctan,
-    "sigmoid": lambda v: 1 / (1 + np.exp(-v)), "softplus": lambda v: np.logaddexp(0, v), "asinh": np.arcsinh,
-    "softsign": lambda v: np.where(np.isinf(v), np.sign(v), v / (1 + np.abs(v))), "sinh": np.sinh,
-    "floor": np.floor, "ceil": np.ceil, "round": np.round, "cube": lambda v: v * v * v, "integer": _integer,
-    "float16": _narrow(65520.0), "bfloat16": _narrow(2.0**128),
-}  # fmt: skip
-# Ends that no runtime oversteps.
-_BOUNDED = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "erf": (-1.0, 1.0), "softsign": (-1.0, 1.0)}
-
-
-def _integer_fn(name: str, a: Interval, kind: FloatType) -> Interval:  # noqa: ARG001 - as _fn
+def _integer_fn(name: str, a: Interval) -> Interval:
     """A rounding to integers: without error where the argument has none, or stays between two steps."""
-    function = _RISING[name]
+    function = RISING[name]
     lo, hi = function(a.lo), function(a.hi)
     low, high = function(a.lo - a.err), function(a.hi + a.err)
     return Interval(lo, hi, np.where((a.err == 0) | (low == high), 0.0, np.maximum(high - low, 1.0)))
@@ -285,35 +281,8 @@ def _integer_fn(name: str, a: Interval, kind: FloatType) -> Interval:  # noqa: A
 
 def _lookup(table: Array, index: Interval) -> Interval:
     """The range of the entries that an index can mean; an index that is off by rounding may mean any of them."""
-    size = len(table)
-    low, high = np.rint(index.lo - index.err), np.rint(index.hi + index.err)
-    legal = (low >= -size) & (high < size)
-    spread = _Extremes(np.concatenate([table, table]))
-    first, last = (np.where(legal, end, 0).astype(np.int64) + size for end in (low, high))
-    lo, hi = spread.between(first, last)
-    lo, hi = np.where(legal, lo, np.nan), np.where(legal, hi, np.nan)
+    lo, hi = Stretches(table).of_index(np.rint(index.lo - index.err), np.rint(index.hi + index.err))
     return Interval(lo, hi, np.where(index.err == 0, 0.0, hi - lo))
-
-
-class _Extremes:
-    """Minimum and maximum of any stretch of an array, from those of stretches of every power of two."""
-
-    def __init__(self, values: Array) -> None:
-        self._levels = [(values, values)]
-        while (width := 1 << len(self._levels)) <= len(values):
-            (low, high), half = self._levels[-1], width // 2
-            self._levels.append((np.minimum(low[:-half], low[half:]), np.maximum(high[:-half], high[half:])))
-
-    def between(self, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> tuple[Array, Array]:
-        """Extremes of ``values[first..last]``, both ends included."""
-        lo, hi = np.empty(first.shape), np.empty(first.shape)
-        levels = np.frexp(last - first + 1)[1] - 1
-        for level in np.unique(levels):
-            here = levels == level
-            low, high = self._levels[level]
-            left, right = first[here], last[here] + 1 - (1 << int(level))
-            lo[here], hi[here] = np.minimum(low[left], low[right]), np.maximum(high[left], high[right])
-        return lo, hi
 
 
 def _random(op: str, args: list[Interval], kind: FloatType) -> Interval:
@@ -328,6 +297,17 @@ def _random(op: str, args: list[Interval], kind: FloatType) -> Interval:
     return Interval(low.lo, np.maximum(low.lo, below), np.zeros_like(low.lo))
 
 
+def _fn_error(name: str, a: Interval, value: Interval, kind: FloatType) -> Array:
+    """How far a runtime's function is off: what its argument is off times its slope, and eight units of its own."""
+    low, high = a.lo - a.err, a.hi + a.err
+    if name in ("float16", "bfloat16"):
+        unit, steepest = (2.0**-11 if name == "float16" else 2.0**-8), np.ones(np.broadcast(low, high).shape)
+    else:
+        unit, steepest = 8 * kind.unit, np.abs(np.stack(slope_range(name, low, high))).max(axis=0)
+    carried = np.minimum(_times(steepest, a.err), value.hi - value.lo)
+    return np.where(a.err == 0, 0.0, carried) + unit * value.size + kind.tiny
+
+
 def _fn(name: str, a: Interval, kind: FloatType) -> Interval:
     """Range of a smooth function over the floats that can reach it, and a few units for the runtime's accuracy."""
     low, high = a.lo - a.err, a.hi + a.err
@@ -335,10 +315,10 @@ def _fn(name: str, a: Interval, kind: FloatType) -> Interval:
         wave = name != "cosh"
         top = np.where(np.isfinite(low) & np.isfinite(high), 1.0, np.nan) if wave else np.cosh(np.maximum(-low, high))
         return Interval(-top if wave else np.ones_like(top), top, np.zeros_like(top))
-    function = _RISING[name]
+    function = RISING[name]
     lo, hi = function(low), function(high)
     if kind.unit > 2.0**-50:
-        low_end, high_end = _BOUNDED.get(name, (-np.inf, np.inf))
+        low_end, high_end = BOUNDED.get(name, (-np.inf, np.inf))
         lo = np.maximum(lo - np.abs(lo) * 8 * kind.unit, low_end)
         hi = np.minimum(hi + np.abs(hi) * 8 * kind.unit, high_end)
     return Interval(lo, hi, np.zeros(np.broadcast(lo, hi).shape))

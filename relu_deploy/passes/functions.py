@@ -93,11 +93,11 @@ class Functions:
 
     def exact(self, program: Program, channel: int) -> PiecewiseLinear | None:
         """One channel in real arithmetic, once for each distinct function: networks repeat their activation."""
-        return self._exact_column(program, program.constants[:, min(channel, program.constants.shape[1] - 1)])
+        return self.exact_column(program, program.constants[:, min(channel, program.constants.shape[1] - 1)])
 
     def exact_channels(self, program: Program) -> Iterator[PiecewiseLinear | None]:
         """Every distinct channel in real arithmetic, in the order of ``program.channels()``, as far as it is read."""
-        return (self._exact_column(program, column) for column in program.channels().T)
+        return (self.exact_column(program, column) for column in program.channels().T)
 
     def is_affine(self, cut: Cut) -> bool:
         """Whether a cut is a straight line of its parent, in its first channel."""
@@ -154,10 +154,11 @@ class Functions:
         return found
 
     def _label_column(self, program: Program, column: np.ndarray, unit: float) -> Activation:
-        function = self._exact_column(program, column)
+        function = self.exact_column(program, column)
         return classify_piecewise_linear(function) if function else classify_samples(program, column, unit=unit)
 
-    def _exact_column(self, program: Program, column: np.ndarray) -> PiecewiseLinear | None:
+    def exact_column(self, program: Program, column: np.ndarray) -> PiecewiseLinear | None:
+        """One column of constants in real arithmetic."""
         values = tuple(float(value) for value in column)
         key = (program.steps, values)
         if key not in self._exact:

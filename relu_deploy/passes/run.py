@@ -8,13 +8,17 @@ from collections.abc import Sequence
 import onnx
 import onnx.inliner
 
-from calib.errors import first_line
+from calib.errors import ToolkitError, first_line
+from calib.ranges import Ranges
 from relu_deploy import ops
 from relu_deploy.errors import ModelError
 from relu_deploy.graph import all_nodes, check_model, export_graph, import_graph
 from relu_deploy.passes import PIPELINE
+from relu_deploy.passes.approximate import Approximation, check_tolerance, describe, domains_of, measure
 from relu_deploy.passes.bernoulli import spell_out_bernoulli
 from relu_deploy.passes.certificate import is_exact
+from relu_deploy.passes.collapse_within import collapse_within
+from relu_deploy.passes.domain import Domains
 from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.verify import Feed, Verification, compare
 from relu_deploy.report import PassReport, Skip
@@ -23,7 +27,10 @@ from relu_deploy.report import PassReport, Skip
 # nodes or makes them Relu, so rounds end, and real networks need two.
 MAX_ROUNDS = 8
 # Passes that move values and compute none, or compute them by ONNX Runtime itself: not one bit may change.
-_EXACT = ("inline_functions", "fold_constants", "remove_identities", "remove_dead_nodes")
+_EXACT = (
+    "inline_functions", "fold_constants", "remove_identities", "inline_branches", "merge_duplicates",
+    "remove_dead_nodes",
+)  # fmt: skip
 _DRAWS = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 
@@ -36,7 +43,9 @@ class RewriteReport:
         nodes_before: Nodes of the main graph.
         nodes_after: The same of the result.
         exact: Whether every change keeps each float bit for bit.
-        verification: The comparison with the original; None when it was not asked for or nothing changed.
+        verification: The comparison of what is claimed to be the same network with the original; None when it was not
+            asked for or nothing changed. Collapsing to a tolerance comes after it.
+        approximation: What collapsing to a tolerance did, with every bound; None when it was not asked for.
     """
 
     passes: tuple[PassReport, ...]
@@ -44,6 +53,7 @@ class RewriteReport:
     nodes_after: int
     exact: bool
     verification: Verification | None
+    approximation: Approximation | None = None
 
     @property
     def changed(self) -> bool:
@@ -52,7 +62,13 @@ class RewriteReport:
 
 
 def rewrite(
-    model: onnx.ModelProto, *, verify: bool = True, samples: Sequence[Feed] | None = None, seed: int = 0
+    model: onnx.ModelProto,
+    *,
+    verify: bool = True,
+    samples: Sequence[Feed] | None = None,
+    seed: int = 0,
+    collapse_tolerance: float | None = None,
+    domain: tuple[float, float] | Ranges | None = None,
 ) -> tuple[onnx.ModelProto, RewriteReport]:
     """Apply every pass until none changes anything, then check the result.
 
@@ -61,6 +77,10 @@ def rewrite(
         verify: Compare outputs with the original's in ONNX Runtime.
         samples: Inputs for that comparison; random ones by default.
         seed: Of the random inputs.
+        collapse_tolerance: Also replace regions by Relu that are off by at most this much, in units of the tensor; 0
+            accepts what is exactly ReLU on ``domain``. None: only what is exactly ReLU everywhere.
+        domain: Where that has to hold: a range for every region's input, or ranges that were measured on ``model``;
+            None: every finite number of the type.
 
     Returns:
         The rewritten network and the report. Where no pass changes anything the network is ``model`` itself: files that
@@ -69,7 +89,34 @@ def rewrite(
     Raises:
         ModelError: the result fails onnx's checker, or a local function and its calls do not fit together.
         CheckFailedError: the result does not compute what the original computes.
+        RangesError: ``domain`` was measured on another network.
+        ToolkitError: the tolerance or the range makes no sense, or there is a domain and no tolerance.
     """
+    domains = domains_of(domain, model)
+    if collapse_tolerance is not None:
+        check_tolerance(collapse_tolerance)
+    elif domain is not None:
+        raise ToolkitError(
+            "a domain says nothing without a tolerance", hint="give a collapse tolerance too; 0 accepts no difference"
+        )
+    options = _Check(verify, samples, seed)
+    result, report = _rewrite_exactly(model, options)
+    if collapse_tolerance is not None:
+        result, report = _collapse_within(result, report, collapse_tolerance, domains, options)
+    return result, report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """How results are compared."""
+
+    verify: bool
+    samples: Sequence[Feed] | None
+    seed: int
+
+
+def _rewrite_exactly(model: onnx.ModelProto, options: _Check) -> tuple[onnx.ModelProto, RewriteReport]:
+    """What keeps the network the same, up to rounding."""
     source = onnx.ModelProto()
     source.CopyFrom(model)
     # Our own operators are what passes look for; their definitions are for runtimes.
@@ -85,17 +132,54 @@ def rewrite(
     check_model(result, "the rewritten network")
     spelled = spell_out_bernoulli(source)
     reference = model if spelled is source else spelled
-    checked = _verify(reference, result, exact=exact, samples=samples, seed=seed) if verify else None
+    checked = _verify(reference, result, exact, options) if options.verify else None
     return result, RewriteReport(tuple(reports), before, len(result.graph.node), exact, checked)
 
 
-def _verify(
-    model: onnx.ModelProto, result: onnx.ModelProto, *, exact: bool, samples: Sequence[Feed] | None, seed: int
-) -> Verification:
+def _collapse_within(
+    model: onnx.ModelProto, report: RewriteReport, tolerance: float, domains: Domains, options: _Check
+) -> tuple[onnx.ModelProto, RewriteReport]:
+    """Rounds of collapsing to a tolerance, each cleaned up exactly behind it, until nothing is left to collapse."""
+    passes, done, result = list(report.passes), Approximation(tolerance, ()), model
+    for _ in range(MAX_ROUNDS):
+        graph = import_graph(result)
+        annotate(graph, result)
+        found, collapsed = collapse_within(graph, tolerance=tolerance, domains=domains)
+        passes = _join(passes, [found])
+        if not collapsed:
+            break
+        before = result
+        result, cleaned = _apply(export_graph(graph, before))
+        passes = _join(passes, [entry for entry in cleaned if entry.name != found.name])
+        check_model(result, "the rewritten network")
+        now = describe(collapsed, tolerance)
+        if options.verify:
+            now = measure(before, result, collapsed, tolerance, samples=options.samples, seed=options.seed)
+        done = dataclasses.replace(now, collapses=(*done.collapses, *now.collapses))
+    if len(done.collapses) and options.verify and not done.note:
+        outputs = measure(model, result, (), tolerance, samples=options.samples, seed=options.seed).outputs
+        done = dataclasses.replace(done, outputs=outputs)
+    return result, dataclasses.replace(
+        report,
+        passes=tuple(passes),
+        nodes_after=len(result.graph.node),
+        exact=report.exact and not done.collapses,
+        approximation=done,
+    )
+
+
+def _join(first: list[PassReport], second: list[PassReport]) -> list[PassReport]:
+    """Reports of the same passes as one; what the later one skipped counts."""
+    later = {report.name: report for report in second}
+    joined = [_merge(report, later.pop(report.name)) if report.name in later else report for report in first]
+    return [*joined, *later.values()]
+
+
+def _verify(model: onnx.ModelProto, result: onnx.ModelProto, exact: bool, options: _Check) -> Verification:
     """Compare the two, unless what is left draws at random: then two runs of one network differ."""
     if any(node.op_type in _DRAWS for node in all_nodes(result.graph)):
         return Verification(0, note="the network draws at random, so two runs of it differ")
-    return compare(model, result, exact=exact, samples=samples, seed=seed)
+    return compare(model, result, exact=exact, samples=options.samples, seed=options.seed)
 
 
 def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -130,8 +214,8 @@ def _apply(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[PassReport]]:
 
 
 def _merge(sum_of: PassReport, new: PassReport) -> PassReport:
-    changed = (*sum_of.changed, *(name for name in new.changed if name not in set(sum_of.changed)))
-    return PassReport(new.name, changed, new.skipped, {**sum_of.notes, **new.notes})
+    changed = dict.fromkeys((*sum_of.changed, *new.changed))
+    return PassReport(new.name, tuple(changed), new.skipped, {**sum_of.notes, **new.notes})
 
 
 def _subgraph_report(model: onnx.ModelProto) -> list[PassReport]:

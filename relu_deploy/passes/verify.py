@@ -93,7 +93,7 @@ def compare(
         before = open_session(original)
     except RUNTIME_ERRORS as error:
         return Verification(0, note=f"ONNX Runtime cannot load the original: {first_line(error)}")
-    feeds = list(samples) if samples is not None else _random_feeds(original, before, seed)
+    feeds = list(samples) if samples is not None else random_feeds(original, before, seed)
     runs, note = _run_both(before, rewritten, feeds)
     if not runs:
         return Verification(0, note=note)
@@ -122,7 +122,7 @@ def _own_noise(original: onnx.ModelProto, runs: list[_Run]) -> dict[int, float]:
     except RUNTIME_ERRORS:
         return {}
     return {
-        i: _difference(output.name, [(run.old[i], other[i]) for run, other in zip(runs, again, strict=True)])
+        i: difference(output.name, [(run.old[i], other[i]) for run, other in zip(runs, again, strict=True)])
         for i, output in enumerate(session.get_outputs())
     }
 
@@ -141,7 +141,7 @@ def _run_both(before: ort.InferenceSession, rewritten: onnx.ModelProto, feeds: l
         except RUNTIME_ERRORS as error:
             note = f"the original does not run: {first_line(error)}"
             continue
-        if not all(np.isfinite(value).all() for value in old if _is_float(value)):
+        if not all(np.isfinite(value).all() for value in old if is_float(value)):
             note = "samples on which the original itself gives NaN or Inf were left out"
             continue
         try:
@@ -155,10 +155,10 @@ def _run_both(before: ort.InferenceSession, rewritten: onnx.ModelProto, feeds: l
 
 def _check(name: str, pairs: list[tuple[Any, Any]], *, exact: bool, noise: float) -> OutputCheck:
     first = pairs[0][0]
-    discrete = not _is_float(first)
+    discrete = not is_float(first)
     loose = DISCRETE_TOLERANCE if discrete else ROUNDING_TOLERANCE.get(str(getattr(first, "dtype", "")), 1e-4)
     allowed = 0.0 if exact else max(loose, min(NOISE_FACTOR * noise, MOST_NOISE))
-    error = _difference(name, pairs)
+    error = difference(name, pairs)
     if not error <= allowed:
         raise CheckFailedError(
             f"the rewritten network differs in output {name!r}: error {error:.3g}, allowed {allowed:.3g}"
@@ -168,7 +168,7 @@ def _check(name: str, pairs: list[tuple[Any, Any]], *, exact: bool, noise: float
     return OutputCheck(name, error, allowed)
 
 
-def _difference(name: str, pairs: list[tuple[Any, Any]]) -> float:
+def difference(name: str, pairs: list[tuple[Any, Any]]) -> float:
     """Largest difference relative to the largest magnitude of all samples; share of unequal entries where discrete."""
     gap, size, unequal = 0.0, float(np.finfo(np.float64).tiny), 0.0
     for old, new in pairs:
@@ -181,7 +181,7 @@ def _difference(name: str, pairs: list[tuple[Any, Any]]) -> float:
             )
         if not old.size:
             continue
-        if not _is_float(old):
+        if not is_float(old):
             unequal = max(unequal, float(np.mean(old != new)))
             continue
         wide = old.astype(np.float64)
@@ -190,11 +190,12 @@ def _difference(name: str, pairs: list[tuple[Any, Any]]) -> float:
     return max(gap / size, unequal)
 
 
-def _is_float(value: object) -> bool:
+def is_float(value: object) -> bool:
+    """Whether an output is an array of floats."""
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-def _random_feeds(model: onnx.ModelProto, session: ort.InferenceSession, seed: int) -> list[Feed]:
+def random_feeds(model: onnx.ModelProto, session: ort.InferenceSession, seed: int) -> list[Feed]:
     """Random inputs of the first open sizes that the original runs with; empty when there are none."""
     for sizes in itertools.product(_BATCHES, _SIZES):
         if not all(_can_be_made(value.type, sizes) for value in _inputs(model)):
