@@ -40,6 +40,7 @@ __all__ = [
     "FileError",
     "MissingExtraError",
     "ModelError",
+    "NetworkWarning",
     "QuantizationError",
     "RangesError",
     "ToolkitError",
@@ -49,6 +50,10 @@ __all__ = [
 
 class ModelError(ToolkitError):
     """An ONNX file is damaged, of an unsupported version, or unsafe to read."""
+
+
+class NetworkWarning(UserWarning):
+    """A network can be read, and is not what one may take it for; the command line prints it and goes on."""
 
 
 class TrainingError(ToolkitError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from pathlib import Path
 
 import onnx
@@ -21,7 +22,7 @@ from calib.errors import first_line
 from calib.files import atomic_path, check_writable, require_file
 from calib.model import PROTOBUF_LIMIT, STANDARD_DOMAINS, all_nodes, fits_one_message, opset, tensor_bytes
 from relu_deploy import ops
-from relu_deploy.errors import FileError, ModelError
+from relu_deploy.errors import FileError, ModelError, NetworkWarning
 from relu_deploy.untrusted import check_parsed
 
 # Far above any network that runs on one card, far below what a forged length could make us allocate.
@@ -31,6 +32,8 @@ MAX_EXTERNAL_BYTES = 1 << 36
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
 MIN_OPSET = 7
+# Metadata of a network whose activations were replaced without training; the value says what it is for.
+WHAT_IF = "relu_deploy.what_if"
 # The checker is C++: besides its own errors come those of the standard library, and of names that are no text.
 _CHECKER_ERRORS = (
     onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError, ValueError, IndexError,
@@ -45,6 +48,7 @@ __all__ = [
     "MAX_OPSET",
     "MIN_OPSET",
     "PROTOBUF_LIMIT",
+    "WHAT_IF",
     "all_nodes",
     "check_model",
     "check_versions",
@@ -69,7 +73,8 @@ def load_model(path: Path) -> onnx.ModelProto:
         path: The ``.onnx`` file.
 
     Returns:
-        The model, all tensors inside it, every node named.
+        The model, all tensors inside it, every node named. One that ``survey --what-if`` wrote comes with a
+        ``NetworkWarning``.
 
     Raises:
         FileError: ``path`` is missing or not a file.
@@ -82,6 +87,9 @@ def load_model(path: Path) -> onnx.ModelProto:
     _load_external_data(model, path)
     check_model(model, path)
     name_nodes(model.graph)
+    for entry in model.metadata_props:
+        if entry.key == WHAT_IF:
+            warnings.warn(f"{path}: its activations were replaced by ReLU, {entry.value}", NetworkWarning, stacklevel=2)
     return model
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import signal
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -12,9 +15,12 @@ from calib.errors import ToolkitError
 from relu_deploy import __version__
 from relu_deploy.cli.safety import SIGNALLED, terminable
 from relu_deploy.cli.screen import printable
+from relu_deploy.errors import NetworkWarning
 
 # In the order of the flow; each name is a module of this package with a click command called ``command``.
-COMMANDS = ("demo", "distill", "export", "rewrite", "calibrate", "quantize", "build-engine", "bench", "inspect")
+COMMANDS = (
+    "demo", "distill", "export", "survey", "rewrite", "calibrate", "quantize", "build-engine", "bench", "inspect",
+)  # fmt: skip
 
 
 class _Group(click.Group):
@@ -32,7 +38,7 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with terminable():
+            with terminable(), _told():
                 return super().invoke(ctx)
         except ToolkitError as error:
             _tell(error.message, error.hint)
@@ -45,6 +51,25 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             _tell("interrupted; what was not finished was not written", None)
             ctx.exit(SIGNALLED + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Print what networks warn of, each warning once."""
+    seen: set[str] = set()
+    with warnings.catch_warnings():
+        default = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
+            if not issubclass(category, NetworkWarning):
+                default(message, category, *where, **how)
+            elif str(message) not in seen:
+                seen.add(str(message))
+                click.secho(f"warning: {printable(str(message))}", err=True, fg="yellow")
+
+        warnings.simplefilter("always", NetworkWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _tell(message: str, hint: str | None) -> None:

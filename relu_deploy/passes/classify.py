@@ -181,7 +181,8 @@ class _Values:
                 continue
             if family.kind == "elu" and fitted[0] < 1 and self._blends_elu(program, constants):
                 return Activation("blend", f"a blend of ReLU and {fitted[0]:.4g} ELU (alpha 1)", exact=False)
-            return Activation(family.kind, family.text.format(*fitted), exact=False)
+            member = Activation(family.kind, family.text.format(*fitted), exact=False)
+            return (self.scaled() or member) if family.kind == "aptx" else member  # a scaled SiLU is an APTx too
         return None
 
     def _blends_elu(self, program: Program, constants: npt.ArrayLike) -> bool:

@@ -12,7 +12,7 @@ _SMALL = 1 << 16
 
 
 def see_through_quantisers(graph: gs.Graph) -> int:
-    """Connect the readers of DequantizeLinear(QuantizeLinear(x)) to ``x``, and turn small quantised constants to floats.
+    """Connect readers of DequantizeLinear(QuantizeLinear(x)) to ``x``, and turn small quantised constants into floats.
 
     Rounding is lost, so this is for looking at a network only. Nodes that nobody reads any more stay.
 

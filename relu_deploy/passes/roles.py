@@ -9,16 +9,18 @@ from relu_deploy.passes.surroundings import Surroundings, path_between, pools_ne
 
 # Their results stay between two bounds: they open gates and give scores.
 BOUNDED = frozenset({"sigmoid", "hard_sigmoid", "tanh", "softsign", "erf", "atan"})
+# Of these, what multiplies anything is a gate; the others may be activations that a mask multiplies.
+_GATES = frozenset({"sigmoid", "hard_sigmoid"})
 # Functions that end a network to bring results into range, besides the bounded ones.
 _HEADS = BOUNDED | {"softplus", "log_sigmoid", "clip", "clipped_relu", "unknown", "mixed"}
 # Names that arithmetic between layers may have too: only right after a linear layer they are activations.
 _DOUBTFUL = frozenset({"unknown", "mixed", "clip", "clipped_relu", "piecewise_linear", "relu", "erf", "atan"})
-HEAD = "head: no linear layer follows, so it gives the outputs their range"
-SQUEEZE_EXCITE = "squeeze-excite gate: it scales the channels that it was pooled from"
-SELF_GATE = "gate: it multiplies a tensor that it was computed from"
-GLU = "GLU gate: it multiplies another branch"
-ATTENTION = "attention: its result weighs another tensor in a matrix product"
-SOFTMAX = "softmax: it sets numbers against each other, so it is no function of one"
+HEAD = "head: no linear layer follows"
+SQUEEZE_EXCITE = "squeeze-excite gate"
+SELF_GATE = "gate of a tensor that it was computed from"
+GLU = "GLU gate: multiplies another branch"
+ATTENTION = "attention weights"
+SOFTMAX = "softmax: no function of one number"
 NO_LAYER = "no linear layer before it"
 
 
@@ -41,7 +43,7 @@ def why_left_alone(
     Raises:
         NoActivationError: it is no activation at all.
     """
-    if is_arithmetic(kind):
+    if is_arithmetic(kind) or around.is_fixed(result):
         raise NoActivationError
     if kind in _DOUBTFUL and not native and around.has_layers and around.layer_before(source, direct=True) is None:
         raise NoActivationError
@@ -70,19 +72,20 @@ def _of_softmax(around: Surroundings, result: gs.Tensor) -> str:
 
 def _gate(around: Surroundings, kind: str, source: gs.Tensor, result: gs.Tensor) -> str | None:
     """What kind of gate a function opens; None for one that is multiplied by a gate or a mask, or not at all."""
-    reasons = [_gate_on(around, kind, source, result, factor) for _, factor in around.products(result)]
+    reasons = []
+    for _, factor in around.products(result):
+        if path_between(factor, result) is not None:
+            return None  # the other factor was computed from it: that one is the gate
+        if kind in _GATES or not around.is_mask(factor, source):
+            reasons.append(_gate_on(around, kind, source, factor))
     return reasons[0] if reasons and all(reasons) else None
 
 
-def _gate_on(around: Surroundings, kind: str, source: gs.Tensor, result: gs.Tensor, factor: gs.Tensor) -> str | None:
-    bounded = kind in BOUNDED
-    if path_between(factor, result) is not None or around.is_mask(factor, source):
-        return None
+def _gate_on(around: Surroundings, kind: str, source: gs.Tensor, factor: gs.Tensor) -> str | None:
+    """The same for one product; None where the other factor is the gate."""
     path = path_between(source, factor)
-    if path == "pooled" or (bounded and path is None and pools_near(source)):
+    if path == "pooled" or (kind in BOUNDED and path is None and pools_near(source)):
         return SQUEEZE_EXCITE
     if path == "direct":
         return SELF_GATE
-    if not bounded and around.opens_gates(factor):
-        return None
-    return GLU
+    return GLU if kind in BOUNDED or not around.opens_gates(factor) else None

@@ -22,7 +22,7 @@ MAX_CUTS = 8
 _STRAIGHT = ("identity", "affine", "constant")
 # Price of a span: a known function is worth more than pieces, pieces more than what is not known. One that is not
 # known by name costs a little more for each cut, so that scales and shifts around it stay outside.
-_PRICES = {"blend": 1.5, "piecewise_linear": 3.0, "pwlu": 3.0, "mixed": 4.0, "unknown": 6.0}
+_PRICES = {"blend": 1.5, "piecewise_linear": 3.0, "pwlu": 3.0, "aptx": 2.0, "mixed": 4.0, "unknown": 6.0}
 _SCALED = 2.0
 _CUT = 0.01
 

@@ -41,6 +41,7 @@ _MOVING = frozenset({
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile", "Resize", "Upsample", "Cast",
     "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Gather",
 })  # fmt: skip
+_TAKING = frozenset({"Split", "Slice", "Gather"})
 _OPENING = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softmax", "Clip", "Softsign", "Erf"})
 _SHIFTING = frozenset({"Add", "Sub", "Mul", "Div", "Neg"})
 # How far is looked: a squeeze-excite block has some twenty nodes.
@@ -57,10 +58,18 @@ class Surroundings:
     def __init__(self, graph: gs.Graph) -> None:
         self.has_layers = any(node.op in LINEAR for node in graph.nodes)
         self._outputs = {id(tensor) for tensor in graph.outputs}
+        self._fixed: set[int] = set()
+        for node in graph.nodes:
+            if _is_fixed(node, self._fixed):
+                self._fixed.update(id(tensor) for tensor in node.outputs)
         self._before_a_layer: set[int] = set()
         for node in reversed(graph.nodes):
             if node.op in LINEAR or any(id(tensor) in self._before_a_layer for tensor in node.outputs):
                 self._before_a_layer.update(id(tensor) for tensor in values_into(node))
+
+    def is_fixed(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is computed from constants alone, such as the table of a relative position."""
+        return id(tensor) in self._fixed
 
     def layer_follows(self, tensor: gs.Tensor) -> bool:
         """Whether the values of a tensor reach a linear layer."""
@@ -142,6 +151,13 @@ class Surroundings:
         return not (_origins(factor) & _origins(tensor))
 
 
+def _is_fixed(node: gs.Node, fixed: set[int]) -> bool:
+    """Whether a node always gives the same."""
+    if node.op.startswith("Random") or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+        return False
+    return all(t.is_empty() or id(t) in fixed or constant_values(t) is not None for t in node.inputs)
+
+
 def values_into(node: gs.Node) -> Iterator[gs.Tensor]:
     """Live inputs of a node whose values go into its result."""
     if node.op in _NO_VALUES:
@@ -183,7 +199,7 @@ def pools_near(tensor: gs.Tensor) -> bool:
 def _aliases(tensor: gs.Tensor) -> set[int]:
     """A tensor, and those that it is only another shape of."""
     found = {id(tensor)}
-    while tensor.inputs and tensor.inputs[0].op in _MOVING and len(found) < _NEAR:
+    while tensor.inputs and tensor.inputs[0].op in _MOVING - _TAKING and len(found) < _NEAR:
         tensor = tensor.inputs[0].inputs[0]
         found.add(id(tensor))
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -15,10 +15,12 @@ import onnx_graphsurgeon as gs
 from calib.model import first_quantized
 from relu_deploy import ops
 from relu_deploy.graph import import_graph
+from relu_deploy.passes.classify import Activation
 from relu_deploy.passes.collapse import collapse_relu
 from relu_deploy.passes.constants import fold_constants
+from relu_deploy.passes.dyrelu import find_dyrelu
 from relu_deploy.passes.functions import Functions
-from relu_deploy.passes.fused import Fused, fused_activation
+from relu_deploy.passes.fused import fused_activation
 from relu_deploy.passes.quantisers import see_through_quantisers
 from relu_deploy.passes.roles import NoActivationError, why_left_alone
 from relu_deploy.passes.run import inline_functions
@@ -29,6 +31,12 @@ from relu_deploy.passes.surroundings import Surroundings
 _QUANTISED = "the network is quantised; quantisers are looked through, and their rounding is no part of what is listed"
 # Operators that are activations wherever they stand.
 _NATIVE = ("Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Shrink", "Selu", "Elu", "Celu", "PWLU")
+# What the others become; a smooth one needs training first.
+_BECOMES = {
+    "leaky_relu": "PRelu", "prelu": "PRelu", "relu6": "Clip", "clipped_relu": "Clip", "clip": "Clip",
+    "hard_sigmoid": "Clip", "pwlu": "table", "piecewise_linear": "table", "relu": "nothing", "mixed": "nothing",
+    "dy_relu": "nothing",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +112,7 @@ def survey(model: onnx.ModelProto) -> Survey:
         ModelError: the network cannot be worked with.
     """
     graph = surveyed_graph(model)
-    sites = [*_sites(graph), *_inner_sites(graph)]
+    sites = [*_Surveyor(graph).sites(), *_inner_sites(graph)]
     quantised = first_quantized(model) is not None
     return Survey(
         counts=_count(site for site in sites if site.left_alone is None),
@@ -128,89 +136,105 @@ def surveyed_graph(model: onnx.ModelProto) -> gs.Graph:
     return graph
 
 
-def _sites(graph: gs.Graph) -> Iterator[Site]:
-    """The activations of the main graph, in its order."""
-    functions, around = Functions(graph), Surroundings(graph)
-    certified = collapse_relu(graph.copy()).notes
-    places = {id(node): index for index, node in enumerate(graph.nodes)}
-    found = [(places[id(span.nodes[-1])], _site(span, around, certified)) for span in find_spans(functions)]
-    covered = {id(cut.node) for cut in functions.forest.cuts.values() if cut.parent is not None}
-    for node in graph.nodes:
-        fused = None if id(node) in covered else fused_activation(node)
-        if fused:
-            found.append((places[id(node)], _fused_site(node, fused, around)))
-    return (site for _, site in sorted(found, key=lambda item: item[0]) if site is not None)
+class _Surveyor:
+    """One graph."""
 
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.functions = Functions(graph)
+        self.around = Surroundings(graph)
+        self.certified = collapse_relu(graph.copy()).notes
+        self.dynamic = find_dyrelu(graph)
 
-def _site(span: Span, around: Surroundings, certified: dict[str, str]) -> Site | None:
-    """What is said of one function; None where it is no activation."""
-    source, result, kind = span.top.tensor, span.bottom.tensor, _kind(span)
-    try:
-        native = any(node.op in _NATIVE for node in span.nodes)
-        left_alone = why_left_alone(around, kind, source, result, native=native)
-    except NoActivationError:
-        return None
-    name = span.nodes[-1].name
-    becomes = _becomes(kind, span, name in certified)
-    layer = around.layer_before(source, direct=False)
-    return Site(
-        name=name,
-        kind=kind,
-        detail=span.label.detail,
-        spelling="-".join(node.op for node in span.nodes),
-        nodes=tuple(node.name for node in span.nodes),
-        input=source.name,
-        output=result.name,
-        after=None if layer is None else Layer(layer.name, layer.op),
-        becomes=becomes if left_alone is None else "nothing",
-        bound=0.0 if name in certified or becomes == "Relu" else None,
-        domain=certified.get(name),
-        left_alone=left_alone,
-        channels=span.channels,
-    )
+    def sites(self) -> list[Site]:
+        """The activations of the graph itself, in its order."""
+        places = {node.name: index for index, node in enumerate(self.graph.nodes)}
+        found = [*self._dynamic(), *self._spans(), *self._fused()]
+        return sorted(found, key=lambda site: places[site.name])
+
+    def _dynamic(self) -> Iterator[Site]:
+        for unit in self.dynamic:
+            detail = f"DY-ReLU {unit.variant} with {unit.pieces} pieces: its slopes are computed at run time"
+            label = Activation("dy_relu", detail, exact=False)
+            site = self._site(label, unit.input, unit.output, (*unit.hyper, *unit.body), None)
+            yield dataclasses.replace(site, name=unit.name)
+
+    def _spans(self) -> Iterator[Site]:
+        inside = frozenset[str]().union(*(unit.nodes for unit in self.dynamic))
+        spans = find_spans(self.functions)
+        parts = {node.name: span for span in spans for node in span.nodes[:-1]}
+        for span in spans:
+            label = dataclasses.replace(span.label, kind=_kind(span))
+            source, result = span.top.tensor, span.bottom.tensor
+            if any(node.name in inside for node in span.nodes):
+                continue
+            native = any(node.op in _NATIVE for node in span.nodes)
+            try:
+                why = why_left_alone(self.around, label.kind, source, result, native=native)
+                whole = parts.get(span.nodes[-1].name)
+                if whole is not None and label.kind != "relu":
+                    why = f"part of the {whole.label.kind} of {whole.nodes[-1].name}, and read elsewhere too"
+            except NoActivationError:
+                continue
+            site = self._site(label, source, result, span.nodes, why, channels=span.channels)
+            yield dataclasses.replace(site, becomes="nothing") if span.program is None else site
+
+    def _fused(self) -> Iterator[Site]:
+        """Activations that no region holds."""
+        covered = {id(cut.node) for cut in self.functions.forest.cuts.values() if cut.parent is not None}
+        for node in self.graph.nodes:
+            fused = None if id(node) in covered else fused_activation(node)
+            if fused is None:
+                continue
+            source, result = node.inputs[0], node.outputs[0]
+            try:
+                why = fused.left_alone or why_left_alone(self.around, fused.label.kind, source, result, native=True)
+            except NoActivationError:
+                continue
+            site = self._site(fused.label, source, result, (node,), why)
+            if node.op.startswith("QLinear"):
+                site = dataclasses.replace(site, becomes="nothing")
+            yield dataclasses.replace(site, after=Layer(node.name, node.op)) if fused.in_layer else site
+
+    def _site(
+        self, label: Activation, source: gs.Tensor, result: gs.Tensor, nodes: Sequence[gs.Node], left_alone: str | None,
+        *, channels: int = 1,
+    ) -> Site:  # fmt: skip
+        """What is said of one activation."""
+        layer = self.around.layer_before(source, direct=False)
+        certified = self.certified.get(nodes[-1].name) if left_alone is None else None
+        is_relu = label.kind == "relu" and len(nodes) == 1 and nodes[0].op == "Relu"
+        becomes = "Relu" if certified or is_relu else _BECOMES.get(label.kind, "needs training")
+        return Site(
+            name=nodes[-1].name,
+            kind=label.kind,
+            detail=label.detail,
+            spelling="-".join(node.op for node in nodes),
+            nodes=tuple(node.name for node in nodes),
+            input=source.name,
+            output=result.name,
+            after=None if layer is None else Layer(layer.name, layer.op),
+            becomes=becomes if left_alone is None else "nothing",
+            bound=0.0 if left_alone is None and becomes == "Relu" else None,
+            domain=certified,
+            left_alone=left_alone,
+            channels=channels,
+        )
 
 
 def _kind(span: Span) -> str:
-    """The kind, where a node says more than its function: a PWLU may have any shape."""
-    learned = any(node.domain == ops.DOMAIN and node.op == ops.PWLU for node in span.nodes)
-    return "pwlu" if learned and span.label.kind in ("piecewise_linear", "mixed") else span.label.kind
-
-
-def _becomes(kind: str, span: Span, certified: bool) -> str:
-    if certified or (kind == "relu" and len(span.nodes) == 1 and span.nodes[0].op == "Relu"):
-        return "Relu"
-    if kind in ("leaky_relu", "prelu"):
-        return "PRelu"
-    if kind in ("relu6", "clipped_relu", "clip", "hard_sigmoid"):
-        return "Clip"
-    if kind in ("pwlu", "piecewise_linear"):
-        return "table"
-    return "nothing" if span.program is None or kind in ("relu", "mixed") else "needs training"
-
-
-def _fused_site(node: gs.Node, fused: Fused, around: Surroundings) -> Site | None:
-    """What is said of an activation inside another node."""
-    source, result = node.inputs[0], node.outputs[0]
-    kind = fused.label.kind
-    try:
-        left_alone = fused.left_alone or why_left_alone(around, kind, source, result)
-    except NoActivationError:
-        return None
-    layer = node if fused.in_layer else around.layer_before(source, direct=False)
-    smooth = not fused.label.exact
-    return Site(
-        name=node.name, kind=kind, detail=fused.label.detail, spelling=node.op, nodes=(node.name,), input=source.name,
-        output=result.name, after=None if layer is None else Layer(layer.name, layer.op),
-        becomes="nothing" if left_alone or not smooth else "needs training", bound=None, domain=None,
-        left_alone=left_alone, channels=1,
-    )  # fmt: skip
+    """The kind, where a node says more than its function: a PWLU may have any shape, a PReLU equal slopes."""
+    kind = span.label.kind
+    if any(node.domain == ops.DOMAIN and node.op == ops.PWLU for node in span.nodes):
+        return "pwlu" if kind in ("piecewise_linear", "mixed") else kind
+    return "prelu" if kind == "leaky_relu" and any(node.op == "PRelu" for node in span.nodes) else kind
 
 
 def _inner_sites(graph: gs.Graph) -> Iterator[Site]:
     """The activations inside If, Loop and Scan: no pass enters those, so they stay."""
     for node in graph.nodes:
         for inner in _graphs_of(node):
-            for site in (*_sites(inner), *_inner_sites(inner)):
+            for site in (*_Surveyor(inner).sites(), *_inner_sites(inner)):
                 why = f"inside the body of {node.op} {node.name}, which no pass enters"
                 yield dataclasses.replace(site, left_alone=why, becomes="nothing", bound=None, domain=None)
 
