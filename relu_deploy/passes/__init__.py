@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from relu_deploy.passes.affine import fold_affine
 from relu_deploy.passes.batchnorm import fold_batchnorm
+from relu_deploy.passes.branches import inline_branches
 from relu_deploy.passes.collapse import collapse_relu
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dead import remove_dead_nodes
+from relu_deploy.passes.duplicates import merge_duplicates
 from relu_deploy.passes.focus import fold_focus
 from relu_deploy.passes.gemm import matmul_add_to_gemm
 from relu_deploy.passes.identity import remove_identities
@@ -25,6 +27,8 @@ PIPELINE = (
     matmul_add_to_gemm,  # after what scales the product and its bias is in them
     fold_focus,
     fold_pad,
+    inline_branches,  # what it brings in is looked at in the next round
+    merge_duplicates,
     remove_dead_nodes,
 )
 
@@ -36,7 +40,9 @@ __all__ = [
     "fold_constants",
     "fold_focus",
     "fold_pad",
+    "inline_branches",
     "matmul_add_to_gemm",
+    "merge_duplicates",
     "remove_dead_nodes",
     "remove_identities",
 ]

@@ -35,9 +35,21 @@ def given(node: gs.Node, position: int) -> gs.Tensor | None:
     return None if tensor is None or tensor.is_empty() else tensor
 
 
+def array_values(tensor: gs.Tensor | None) -> np.ndarray | None:
+    """Values of a constant of one of numpy's own types; None for anything else.
+
+    Graphsurgeon keeps the others (bfloat16, int4) as they are in the file until somebody looks at them, and as what
+    numpy makes of them afterwards.
+    """
+    lazy = tensor if isinstance(tensor, gs.Constant) else None
+    if tensor is None or (lazy is not None and isinstance(lazy.dtype, int)):
+        return None
+    return constant_values(tensor)
+
+
 def float_values(tensor: gs.Tensor | None) -> np.ndarray | None:
     """Values of a constant of numpy's own float types; None for anything else."""
-    values = None if tensor is None else constant_values(tensor)
+    values = array_values(tensor)
     return values if values is not None and values.dtype.kind == "f" else None
 
 
