@@ -25,6 +25,7 @@ from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.gemm import products_to_gemm
 from relu_deploy.passes.pwlu import Bound, fold_pwlu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
+from relu_deploy.passes.recognise import recognise_pwlu
 
 # The first opset with per-channel QuantizeLinear and DequantizeLinear, and the first with float16 ones.
 _PER_CHANNEL_OPSET = 13
@@ -114,6 +115,8 @@ def quantize(
     bounds.update({new: bounds[old] for new, old in aliases.items() if old in bounds})
     if number.unsigned:
         bounds = respect_softmax(graph, bounds)
+    recognise_pwlu(graph, for_file=False)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
     learned = {node.outputs[0].name for node in graph.nodes if is_pwlu(node)}
     folded = _fold_learned(graph, bounds, number, learned)
     sites = stand_in(graph, bounds) if number.unsigned else ()

@@ -24,9 +24,11 @@ from relu_deploy.int8.formats import QParams
 from relu_deploy.int8.place import INTEGER_OPS, MOVING_OPS, STAND_IN, Placement, is_clipping
 from relu_deploy.passes.functions import Functions
 from relu_deploy.passes.lower import UnsupportedError
-from relu_deploy.passes.region import Cut, constant_values, nodes_between, program_between
+from relu_deploy.passes.operands import constant_shape, constant_values
+from relu_deploy.passes.region import Cut, nodes_between, program_between
 
 _CODES = 256
+_LONG_ROW, _IMAGE_RANK = 1024, 4
 _KERNELS = (*INTEGER_OPS, *MOVING_OPS, "Relu", "Sub", "Div", "Sum", "Neg", "Dropout", "Cast", "Max", "Min")
 
 
@@ -193,36 +195,18 @@ def _region_site(top: Cut, cut: Cut, known: set[str]) -> Site | None:
         return None
     if all(node.op in _KERNELS or is_clipping(node) or _is_scalar_leaky(node) for node in nodes):
         return None
-    shape = top.tensor.shape
-    axis = _channel_axis(nodes, None if shape is None else len(shape))
-    if program.constants.shape[1] > 1 and axis is None:
+    if len(nodes) > 1 and any(map(ops.is_pwlu, nodes)):
+        return None  # evaluated alone, so that no definition is needed
+    rank = None if top.tensor.shape is None else len(top.tensor.shape)
+    channels = max(program.constants.shape[1], 1)
+    if channels > 1 and (rank is None or program.axis is None):
         return None
-    return _site(cut.node, tuple(map(_Kept.of, nodes)), top.tensor, axis, program.constants.shape[1])
-
-
-def _site(node: gs.Node, kept: tuple[_Kept, ...], source: gs.Tensor, axis: int | None, channels: int) -> Site:
-    rank = None if source.shape is None else len(source.shape)
-    return Site(node.name, source.name, node.outputs[0].name, kept, axis, channels, rank)
+    axis = program.axis + rank if channels > 1 and rank is not None and program.axis is not None else None
+    return Site(cut.node.name, top.tensor.name, cut.tensor.name, tuple(map(_Kept.of, nodes)), axis, channels, rank)
 
 
 def _is_scalar_leaky(node: gs.Node) -> bool:
     return bool(node.op == "LeakyRelu")
-
-
-def _channel_axis(nodes: Sequence[gs.Node], rank: int | None) -> int | None:
-    """The axis along which side constants vary, counted from the front; None without one, or where it is not known."""
-    for node in nodes:
-        if ops.is_pwlu(node) and node.inputs[1].shape[0] > 1:
-            axis = ops.channel_axis(node)
-            return axis if axis >= 0 else axis + rank if rank is not None else None
-        for tensor in () if ops.is_pwlu(node) else node.inputs:
-            values = None if tensor.is_empty() else constant_values(tensor)
-            if values is None or rank is None:
-                continue
-            wide = [axis for axis, size in enumerate(values.shape, start=rank - values.ndim) if size != 1]
-            if wide:
-                return wide[0]
-    return None
 
 
 def _evaluate(site: Site, values: npt.NDArray[np.float32], graph: gs.Graph) -> npt.NDArray[np.float32]:
@@ -232,15 +216,28 @@ def _evaluate(site: Site, values: npt.NDArray[np.float32], graph: gs.Graph) -> n
         exact: npt.NDArray[np.float32] = function(values.T, 1).T.astype(np.float32)
         return exact
     rank = max(site.rank or 1, 2)
-    axis = site.axis if site.axis is not None else 0
-    other = next(i for i in range(rank) if i != axis)
+    # Constants of equal entries still have as many as there are channels: the points go along another axis.
+    other = next(axis for axis in range(rank) if axis not in _wide_axes(site, rank))
     shape = [1] * rank
-    shape[axis], shape[other] = site.channels, values.shape[1]
-    feed = (values if axis < other else values.T).reshape(shape)
-    model = _body(site, shape, graph)
-    (found,) = open_session(model, threads=1).run(None, {site.source: np.ascontiguousarray(feed)})
-    flat = np.asarray(found, np.float32).reshape(values.shape if axis < other else values.shape[::-1])
-    return flat if axis < other else flat.T
+    shape[other] = values.shape[1]
+    if site.axis is not None:
+        shape[site.axis] = site.channels
+    # In front and behind, then where they belong: channels and points.
+    ends = (site.axis if site.axis is not None else int(other == 0)), other
+    feed = np.moveaxis(values.reshape(*values.shape, *[1] * (rank - 2)), (0, 1), ends)
+    session = open_session(_body(site, shape, graph), threads=1)
+    (found,) = session.run(None, {site.source: np.ascontiguousarray(feed)})
+    flat: npt.NDArray[np.float32] = np.moveaxis(np.asarray(found, np.float32), ends, (0, 1))
+    return flat.reshape(*flat.shape[:2], -1)[: site.channels, :, 0]
+
+
+def _wide_axes(site: Site, rank: int) -> set[int]:
+    """Axes along which a side constant has more than one entry."""
+    shapes = [constant_shape(tensor) for kept in site.nodes for tensor in kept.inputs if not tensor.is_empty()]
+    return {
+        axis for shape in shapes if shape is not None
+        for axis, size in enumerate(shape, start=rank - len(shape)) if size != 1
+    }  # fmt: skip
 
 
 def _body(site: Site, shape: Sequence[int], graph: gs.Graph) -> onnx.ModelProto:
@@ -266,7 +263,6 @@ def _body(site: Site, shape: Sequence[int], graph: gs.Graph) -> onnx.ModelProto:
     body = gs.Graph(nodes, inputs, outputs, opset=graph.opset, import_domains=graph.import_domains)
     model: onnx.ModelProto = gs.export_onnx(body, do_type_check=False)
     model.ir_version = 8
-    ops.define_operators(model, graph.opset)
     return model
 
 
@@ -282,19 +278,41 @@ def _gather(graph: gs.Graph, site: Site, codes: gs.Variable, result: gs.Variable
         outer = gs.Variable(f"{site.name}/last_codes", dtype=np.uint8, shape=shape)
         back = [order.index(axis) for axis in range(len(order))]
         graph.nodes.append(gs.Node("Transpose", f"{site.name}/back", {"perm": back}, [outer], [result]))
-    rows = _node(graph, site, "Reshape", "rows", [inner, _ints(site, "rows_shape", (-1, site.channels))], np.uint8)
+    columns = site.channels if site.channels > 1 else _row_length(inner)
+    rows = _node(graph, site, "Reshape", "rows", [inner, _ints(site, "rows_shape", (-1, columns))], np.uint8)
     index = _node(graph, site, "Cast", "index", [rows], np.int32, {"to": onnx.TensorProto.INT32})
-    stored = gs.Constant(f"{site.name}/table", np.ascontiguousarray(table.T))
-    found = _node(graph, site, "GatherElements", "found", [stored, index], np.uint8, {"axis": 0})
+    axis, stored = 0, gs.Constant(f"{site.name}/table", np.ascontiguousarray(table.T))
+    if site.channels == 1:  # one table, which every row has to have
+        count = _node(graph, site, "Shape", "size", [rows], np.int64)
+        ends = [_ints(site, name, (at,)) for name, at in (("first", 0), ("second", 1))]
+        count = _node(graph, site, "Slice", "count", [count, *ends], np.int64)
+        size = _ints(site, "entries", (_CODES,))
+        whole = _node(graph, site, "Concat", "tables_shape", [count, size], np.int64, {"axis": 0})
+        axis, stored = 1, _node(graph, site, "Expand", "tables", [gs.Constant(stored.name, table), whole], np.uint8)
+    found = _node(graph, site, "GatherElements", "found", [stored, index], np.uint8, {"axis": axis})
     shape_back = _shape_of(graph, site, inner)
     graph.nodes.append(gs.Node("Reshape", f"{site.name}/codes", inputs=[found, shape_back], outputs=[outer]))
 
 
+def _row_length(codes: gs.Variable) -> int:
+    """As many elements as trailing axes of fixed size hold, up to where a row is long enough for one task."""
+    length = 1
+    for size in reversed((codes.shape or ())[1:]):
+        if not isinstance(size, int) or length >= _LONG_ROW:
+            break
+        length *= size
+    return max(length, 1)
+
+
 def _channels_last(site: Site) -> list[int] | None:
-    """The order of axes that puts the channels last; None where they are, or where there are none."""
-    if site.axis is None or site.channels == 1 or site.rank is None or site.axis == site.rank - 1:
+    """The order of axes that puts the channels last; None where they are, or where there are none.
+
+    Images and volumes have theirs on axis 1, also where the activation is the same for all.
+    """
+    axis = site.axis if site.axis is not None else 1
+    if site.rank is None or axis == site.rank - 1 or (site.axis is None and site.rank < _IMAGE_RANK):
         return None
-    return [*(axis for axis in range(site.rank) if axis != site.axis), site.axis]
+    return [*(other for other in range(site.rank) if other != axis), axis]
 
 
 def _shape_of(graph: gs.Graph, site: Site, codes: gs.Variable) -> gs.Tensor:

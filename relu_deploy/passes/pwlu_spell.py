@@ -29,6 +29,8 @@ from relu_deploy.targets import Target
 Array = npt.NDArray[np.float64]
 
 MOST_HINGES = 2
+# The first opset with Shape of some axes.
+_SHAPE_OPSET = 15
 
 
 def spell_pwlu(graph: gs.Graph, target: Target, bounds: Mapping[str, Bound] | None = None) -> PassReport:
@@ -70,7 +72,7 @@ def _spell(
 ) -> str:
     lines, error = fewest(function, bound)
     bends = max(line.bends for line in lines)
-    if target != "ort" or bends <= MOST_HINGES:
+    if target != "ort" or bends <= MOST_HINGES or graph.opset < _SHAPE_OPSET:
         hinges = stack(lines, bound.low, bound.high)
         become(graph, node, lambda data, result: _hinges(writer, data, result, hinges))
         return f"{bends} hinges a channel, {Bound(error, bound.low, bound.high)}"
