@@ -19,7 +19,7 @@ from relu_deploy.errors import QuantizationError, RangesError
 from relu_deploy.graph import load_model, save_model
 from relu_deploy.int8.drift import OutputDrift, measure_drift
 from relu_deploy.int8.run import QuantReport, quantize, refuse_quantized
-from relu_deploy.passes.run import RewriteReport, rewrite
+from relu_deploy.passes.run import RewriteReport, rewrite, spell
 from relu_deploy.report import to_json
 
 
@@ -127,7 +127,7 @@ def build_engine(
     if int8 is not None:
         refuse_quantized(original)
     rewritten, rewrite_report = rewrite(original)
-    network, ranges, quant_report = rewritten, None, None
+    network, ranges, quant_report = spell(rewritten, config.target)[0], None, None
     if int8 is not None:
         ranges = _ranges(int8, original, rewritten, progress)
         network, quant_report = quantize(

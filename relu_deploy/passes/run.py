@@ -19,9 +19,11 @@ from relu_deploy.passes.bernoulli import spell_out_bernoulli
 from relu_deploy.passes.certificate import is_exact
 from relu_deploy.passes.collapse_within import collapse_within
 from relu_deploy.passes.domain import Domains
+from relu_deploy.passes.pwlu_spell import spell_pwlu
 from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.verify import Feed, Verification, compare
 from relu_deploy.report import PassReport, Skip
+from relu_deploy.targets import Target
 
 # A pass may open the way for one before it (a collapsed region leaves a Relu behind an Identity); each round removes
 # nodes or makes them Relu, so rounds end, and real networks need two.
@@ -103,6 +105,29 @@ def rewrite(
     result, report = _rewrite_exactly(model, options)
     if collapse_tolerance is not None:
         result, report = _collapse_within(result, report, collapse_tolerance, domains, options)
+    return result, report
+
+
+def spell(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, PassReport]:
+    """Spell learned activations that :func:`rewrite` left as one node each in the operators that suit a target.
+
+    Args:
+        model: Not changed.
+        target: The runtime that will run it in float; quantising spells them by itself.
+
+    Returns:
+        The network and the report; where it holds no such activation, ``model`` itself.
+
+    Raises:
+        ModelError: the result fails onnx's checker.
+    """
+    if not any(node.domain == ops.DOMAIN for node in model.graph.node):
+        return model, PassReport("spell_pwlu")
+    graph = import_graph(model)
+    annotate(graph, model)
+    report = spell_pwlu(graph, target)
+    result = export_graph(graph, model)
+    check_model(result, "the network")
     return result, report
 
 
