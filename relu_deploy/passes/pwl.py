@@ -196,8 +196,13 @@ class PiecewiseLinear:
         return self._signs(lambda value: value == 0)
 
     def choose(self, yes: PiecewiseLinear, no: PiecewiseLinear) -> PiecewiseLinear:
-        """``yes`` where ``self`` (0 or 1 everywhere) is 1, ``no`` where it is 0."""
-        return self.times(yes).plus(PiecewiseLinear.constant(1).minus(self).times(no))
+        """``yes`` where ``self`` (0 or 1 everywhere) is 1, ``no`` where it is 0: pieces are taken, none computed."""
+        breaks, sides, side_points = self._refined((*yes.breaks, *no.breaks))
+        _, yes_lines, yes_points = yes._refined(breaks)
+        _, no_lines, no_points = no._refined(breaks)
+        lines = [y if side[1] else n for side, y, n in zip(sides, yes_lines, no_lines, strict=True)]
+        points = [y if side else n for side, y, n in zip(side_points, yes_points, no_points, strict=True)]
+        return _canonical(breaks, points, lines)
 
     def maximum(self, other: PiecewiseLinear) -> PiecewiseLinear:
         """The larger of the two, pointwise."""

@@ -156,10 +156,10 @@ def _to_prelu(
     graph: gs.Graph, node: gs.Node, function: ops.PwluFunction, bound: Bound, pinned: set[str], names: Names
 ) -> str | Skip:
     """Make it a PRelu where every channel has two pieces and the layer before it takes scale and shift."""
+    many = zip(polylines(function), allowance(function, bound), strict=True)
+    if any(fewest_segments(line, float(eps), bound.low, bound.high).bends > 1 for line, eps in many):
+        return _left(node, function)  # told by the first such channel
     lines, error = fewest(function, bound)
-    bends = max(line.bends for line in lines)
-    if bends > 1:
-        return _left(node, function, f"; {bends + 1} are enough {bound}" if bends < function.intervals + 1 else "")
     form = _prelu(lines)
     if form is None:
         return _left(node, function, f"; 2 are enough {bound}, but a right one does not rise")

@@ -264,6 +264,9 @@ class _Evaluation:
         chosen = condition.piecewise_linear
         if chosen is None or not chosen.is_step:
             return yes if yes == no else self._opaque()
+        first, second = yes.piecewise_linear, no.piecewise_linear
+        if first is not None and second is not None:
+            return _pure(chosen.choose(first, second))
         other = _pure(PiecewiseLinear.constant(1).minus(chosen))
         return self._settled(_add(self._mul(_pure(chosen), yes), self._mul(other, no)))
 
