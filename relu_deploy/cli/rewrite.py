@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,17 @@ from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.safety import FileCommand
 
 if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
     from calib.ranges import Ranges
     from relu_deploy.passes.approximate import Approximation
+    from relu_deploy.passes.fold_dynamic import Folding
     from relu_deploy.passes.run import RewriteReport
     from relu_deploy.report import PassReport
 
+# Samples that networks are compared on.
+_MOST_SAMPLES = 16
 # Names listed for one line of a table; the JSON report has them all.
 _NAMES = 3
 
@@ -39,20 +47,35 @@ def _parse_range(_context: click.Context, _parameter: click.Parameter, text: str
 
 
 def _domain(
-    tolerance: float | None, ends: tuple[float, float] | None, ranges_path: Path | None
+    tolerance: float | None, fold: float | None, ends: tuple[float, float] | None, ranges_path: Path | None
 ) -> tuple[float, float] | Ranges | None:
     """Where bounds have to hold."""
     from calib.ranges import load
 
     if ends and ranges_path:
         raise click.UsageError("--range and --ranges both say where the bound has to hold; give one of them")
-    if tolerance is None and (ends or ranges_path):
+    if fold is not None and not (math.isfinite(fold) and fold >= 0):
+        raise click.UsageError("--fold-dynamic takes a finite number from 0 on, such as 0.01")
+    if fold is not None and not ranges_path:
+        raise click.UsageError("--fold-dynamic needs --ranges: what calibrate measured on MODEL")
+    if tolerance is None and (ends or (ranges_path and fold is None)):
         raise click.UsageError(
             f"{'--range' if ends else '--ranges'} needs --collapse-tolerance; 0 collapses what is exactly ReLU there"
         )
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
         raise click.UsageError("--collapse-tolerance takes a finite number from 0 on, such as 0.005")
     return load(ranges_path) if ranges_path else ends
+
+
+def _samples(data: str, model: onnx.ModelProto) -> list[Mapping[str, np.ndarray]]:
+    """The first samples of what a user named, one batch each."""
+    from calib.batches import batches
+    from calib.inputs import model_inputs
+    from calib.sources import open_source
+
+    specs = model_inputs(model)
+    source = itertools.islice(open_source(data, specs), _MOST_SAMPLES)
+    return [batch.feeds for batch in batches(source, specs, batch_size=1)]
 
 
 @click.command("rewrite", cls=FileCommand, short_help="Collapse what is ReLU, and clean the graph up.")
@@ -82,6 +105,19 @@ def _domain(
     help="With --collapse-tolerance: the bound has to hold on what calibration measured of each region's input, "
     "channel by channel where it can. FILE is what calibrate wrote for MODEL.",
 )
+@click.option(
+    "--fold-dynamic",
+    "fold",
+    type=float,
+    metavar="EPS",
+    help="Also make a DY-ReLU static where --ranges shows that its coefficients hardly move: its output is then off by "
+    "at most EPS, in its own units. With --ranges.",
+)
+@click.option(
+    "--data",
+    metavar="DATA",
+    help=f"As --calib of calibrate: compare on its first {_MOST_SAMPLES} samples.  [default: random inputs]",
+)
 @click.option("--no-verify", is_flag=True, help="Do not compare its outputs with the original's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs of that comparison.")
 @json_option
@@ -91,6 +127,8 @@ def command(
     tolerance: float | None,
     ends: tuple[float, float] | None,
     ranges_path: Path | None,
+    fold: float | None,
+    data: str | None,
     no_verify: bool,
     seed: int,
     json_path: str | None,
@@ -108,13 +146,18 @@ def command(
       relu-deploy rewrite student.onnx -o student.relu.onnx --collapse-tolerance 0.005
       relu-deploy rewrite student.onnx -o student.relu.onnx --collapse-tolerance 0.005 --range -8,8
       relu-deploy rewrite student.onnx -o student.relu.onnx --collapse-tolerance 0.005 --ranges ranges.json
+      relu-deploy rewrite student.onnx -o student.static.onnx --fold-dynamic 0.01 --ranges ranges.json
     """  # noqa: D301  \b is click's mark for text that keeps its lines
     from relu_deploy.graph import load_model, save_model
     from relu_deploy.passes.run import rewrite
 
-    domain = _domain(tolerance, ends, ranges_path)
+    domain = _domain(tolerance, fold, ends, ranges_path)
     original = load_model(model)
-    result, report = rewrite(original, verify=not no_verify, seed=seed, collapse_tolerance=tolerance, domain=domain)
+    samples = None if data is None else _samples(data, original)
+    result, report = rewrite(
+        original, verify=not no_verify, samples=samples, seed=seed, collapse_tolerance=tolerance, domain=domain,
+        fold_tolerance=fold,
+    )  # fmt: skip
     save_model(result, output)
     emit(report, json_path, lambda: render(report, output))
 
@@ -127,9 +170,12 @@ def render(report: RewriteReport, output: Path | None = None) -> Group:
             table.add_row(*row)
     written = "" if output is None else f": {output}"
     lines = [Text(f"{report.nodes_before} nodes -> {report.nodes_after}{written}")]
-    loose = report.approximation
-    if loose is None or not loose.collapses or report.verification is not None:
+    loose, folding = report.approximation, report.folding
+    approximate = bool((loose is not None and loose.collapses) or (folding is not None and folding.units))
+    if not approximate or report.verification is not None:
         lines.append(_verdict(report))
+    if folding is not None and folding.units:
+        lines.append(_folding_verdict(folding))
     if loose is not None and loose.collapses:
         lines.append(_loose_verdict(loose))
     return Group(table, *lines) if table.row_count else Group(*lines)
@@ -167,6 +213,28 @@ def _loose_verdict(loose: Approximation) -> Text:
     if outside:
         text += f"; up to {outside:.1%} of a region's values lay outside its range, where nothing is claimed"
     return Text(text, style="yellow" if outside else "green")
+
+
+def _folding_verdict(folding: Folding) -> Text:
+    """What making dynamic units static changed, as far as it was measured."""
+    from relu_deploy.passes.certificate import above
+
+    count = f"{len(folding.units)} dynamic unit{'s' if len(folding.units) > 1 else ''}"
+    proven = (
+        f"{count} made static, each off by at most {above(max(unit.bound for unit in folding.units))} on its ranges"
+    )
+    if not folding.samples:
+        return Text(f"{proven}; outputs were not compared with the original's. {folding.note}".rstrip(), style="yellow")
+    measured = max(unit.measured or 0.0 for unit in folding.units)
+    beyond = sum((unit.measured or 0.0) > unit.bound for unit in folding.units)
+    moved = max((output.error for output in folding.outputs), default=0.0)
+    text = (
+        f"{proven}; the largest error seen on {folding.samples} {'samples' if folding.given else 'random inputs'} is "
+        f"{measured:.3g}, and outputs moved by up to {moved:.2g} relative to their largest magnitude"
+    )
+    if beyond:
+        text += f"; {beyond} went beyond the ranges that were measured, where nothing is claimed"
+    return Text(text, style="yellow" if beyond else "green")
 
 
 def _verdict(report: RewriteReport) -> Text:

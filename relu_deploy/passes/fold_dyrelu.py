@@ -18,15 +18,12 @@ import onnx_graphsurgeon as gs
 
 from calib.ranges import Ranges, TensorRange
 from relu_deploy.passes.dyrelu import DyReluSite, find_dyrelu
+from relu_deploy.passes.edit import Names, RefusedError
 from relu_deploy.passes.lines import LAYOUT, axes_of, rank_of
 from relu_deploy.passes.region import constant_values
 from relu_deploy.report import PassReport, Skip
 
 Array = npt.NDArray[np.float64]
-
-
-class _RefusedError(Exception):
-    """Why a unit stays dynamic."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +42,33 @@ class _Bound:
     error: Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """One unit that was made static.
+
+    Attributes:
+        node: The node that makes its output.
+        input: Name of its x.
+        output: Name of its output.
+        variant: ``A``, ``B`` or ``C``.
+        radius: How far its coefficients were ever seen from where they are now.
+        bound: Largest error of the output, in its units, while coefficients and x keep to their ranges.
+    """
+
+    node: str
+    input: str
+    output: str
+    variant: str
+    radius: float
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"DY-ReLU-{self.variant} made static: its coefficients stay within {self.radius:.3g} of their middle; "
+            f"off by at most {self.bound:.3g} where they and x keep to their ranges"
+        )
+
+
 def fold_dyrelu(graph: gs.Graph, ranges: Ranges, *, tolerance: float) -> PassReport:
     """Make a DY-ReLU static where that moves its output by at most ``tolerance``.
 
@@ -58,43 +82,49 @@ def fold_dyrelu(graph: gs.Graph, ranges: Ranges, *, tolerance: float) -> PassRep
         Changed: the nodes that make the output of a unit. Notes: the bound of each. Skipped: the other units, with the
         bound or with what stands in the way.
     """
-    changed: list[str] = []
-    skipped: list[Skip] = []
-    notes: dict[str, str] = {}
-    for site in find_dyrelu(graph):
-        try:
-            note = _fold(graph, site, ranges, tolerance)
-        except _RefusedError as error:
-            skipped.append(Skip(site.name, f"DY-ReLU-{site.variant} stays: {error}"))
-            continue
-        changed.append(site.name)
-        notes[site.name] = note
-    return PassReport("fold_dyrelu", tuple(changed), tuple(skipped), notes)
+    return fold_units(graph, ranges, tolerance=tolerance)[0]
 
 
-def _fold(graph: gs.Graph, site: DyReluSite, ranges: Ranges, tolerance: float) -> str:
-    """Decide on one unit and freeze it; returns what was shown."""
+def fold_units(graph: gs.Graph, ranges: Ranges, *, tolerance: float) -> tuple[PassReport, tuple[Folded, ...]]:
+    """As :func:`fold_dyrelu`, with the figures of what was folded."""
+    decided = [_decide(graph, site, ranges, tolerance) for site in find_dyrelu(graph)]
+    folded = tuple(item for item in decided if isinstance(item, Folded))
+    skipped = tuple(item for item in decided if isinstance(item, Skip))
+    notes = {unit.node: str(unit) for unit in folded}
+    return PassReport("fold_dyrelu", tuple(notes), skipped, notes), folded
+
+
+def _decide(graph: gs.Graph, site: DyReluSite, ranges: Ranges, tolerance: float) -> Folded | Skip:
+    try:
+        return _fold(graph, site, ranges, tolerance)
+    except RefusedError as error:
+        return Skip(site.name, f"DY-ReLU-{site.variant} stays: {error}")
+
+
+def _fold(graph: gs.Graph, site: DyReluSite, ranges: Ranges, tolerance: float) -> Folded:
+    """Decide on one unit and freeze it."""
     entries = [(node, tensor) for node, tensor in site.entries if tensor is not site.attention]
     frozen = {id(tensor): _freeze(tensor, ranges) for _, tensor in entries}
-    error = float(_bound(site, frozen, ranges).max())
+    bound = float(_bound(site, frozen, ranges).max())
     radius = max(float(part.radius.max()) for part in frozen.values())
-    seen = f"its coefficients stay within {radius:.3g} of their middle over {ranges.samples} samples"
-    if not error <= tolerance:
-        raise _RefusedError(f"{seen}, so frozen it would be off by up to {error:.3g}; allowed is {tolerance:.3g}")
-    names = set(graph.tensors())
+    if not bound <= tolerance:
+        raise RefusedError(
+            f"its coefficients were seen up to {radius:.3g} from their middle, so frozen it would be off by up to "
+            f"{bound:.3g}; allowed is {tolerance:.3g}"
+        )
+    names = Names(graph)
     for node, tensor in entries:
-        name = next(n for n in (f"{tensor.name}/frozen{'_' * i}" for i in range(len(names) + 1)) if n not in names)
-        names.add(name)
-        constant = gs.Constant(name, frozen[id(tensor)].middle.astype(_dtype(tensor, site)))
+        values = frozen[id(tensor)].middle.astype(_dtype(tensor, site))
+        constant = names.constant(f"{tensor.name}/frozen", values)
         node.inputs = [constant if old is tensor else old for old in node.inputs]
-    return f"DY-ReLU-{site.variant} made static: {seen}; off by at most {error:.3g} where x keeps to its range"
+    return Folded(site.name, site.input.name, site.output.name, site.variant, radius, bound)
 
 
 def _dtype(tensor: gs.Tensor, site: DyReluSite) -> np.dtype[np.float64]:
     """Type of a coefficient; where inference does not tell, that of x."""
     found = tensor.dtype if tensor.dtype is not None else site.input.dtype
     if found is None:
-        raise _RefusedError(f"the type of {tensor.name} is not known")
+        raise RefusedError(f"the type of {tensor.name} is not known")
     kind: np.dtype[np.float64] = np.dtype(found)
     return kind
 
@@ -104,7 +134,7 @@ def _freeze(tensor: gs.Tensor, ranges: Ranges) -> _Frozen:
     low, high = _interval(tensor, ranges)
     middle = (low + high) / 2
     if rank_of(tensor) not in (None, middle.ndim):
-        raise _RefusedError(f"the shape of {tensor.name} is not known")
+        raise RefusedError(f"the shape of {tensor.name} is not known")
     stored = middle.astype(tensor.dtype).astype(np.float64) if tensor.dtype is not None else middle
     return _Frozen(middle, (high - low) / 2 + np.abs(stored - middle))
 
@@ -118,14 +148,14 @@ def _interval(tensor: gs.Tensor, ranges: Ranges) -> tuple[Array, Array]:
     if found is not None:
         return found
     if len(tensor.inputs) != 1:
-        raise _RefusedError(f"there is no range for each element of {tensor.name}")
+        raise RefusedError(f"there is no range for each element of {tensor.name}")
     (node,) = tensor.inputs
     live = [side for side in node.inputs if constant_values(side) is None and not side.is_empty()]
     if node.op in ("Add", "Sub") and len(live) == 2:
         (a, b), (c, d) = (_interval(side, ranges) for side in node.inputs)
         return (a + c, b + d) if node.op == "Add" else (a - d, b - c)
     if node.op not in _STEPS:
-        raise _RefusedError(f"there is no range for each element of {tensor.name}")
+        raise RefusedError(f"there is no range for each element of {tensor.name}")
     ends = [_STEPS[node.op](end, node, tensor) for end in _interval(live[0], ranges)]
     return np.minimum(*ends), np.maximum(*ends)
 
@@ -145,9 +175,9 @@ def _shaped(row: Array, node: gs.Node, made: gs.Tensor) -> Array:
     """A change of layout in which every axis but the batch's is known."""
     shape = made.shape
     if shape is None or not all(isinstance(size, int) and size > 0 for size in shape[1:]):
-        raise _RefusedError(f"the shape of {made.name} is not known")
+        raise RefusedError(f"the shape of {made.name} is not known")
     if math.prod(shape[1:]) != row.size:
-        raise _RefusedError(f"{node.op} {node.name} moves the batch axis")
+        raise RefusedError(f"{node.op} {node.name} moves the batch axis")
     return row.reshape(1, *shape[1:])
 
 
@@ -163,7 +193,7 @@ def _split(row: Array, node: gs.Node, made: gs.Tensor) -> Array:
     for output in node.outputs:
         size = None if output.shape is None else output.shape[axis]
         if not isinstance(size, int):
-            raise _RefusedError(f"the shape of {output.name} is not known")
+            raise RefusedError(f"the shape of {output.name} is not known")
         places.append(places[-1] + size)
     index = next(i for i, output in enumerate(node.outputs) if output is made)
     return np.take(row, range(places[index], places[index + 1]), axis=axis)
@@ -173,7 +203,7 @@ def _slice(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
     """A part, by constant starts and ends."""
     parts = [constant_values(tensor) for tensor in node.inputs[1:]]
     if len(parts) < 2 or any(part is None for part in parts):
-        raise _RefusedError(f"Slice {node.name} has no constant bounds")
+        raise RefusedError(f"Slice {node.name} has no constant bounds")
     starts, ends, *rest = [part.reshape(-1).tolist() for part in parts if part is not None]
     axes = rest[0] if rest else range(len(starts))
     steps = rest[1] if len(rest) > 1 else [1] * len(starts)
@@ -181,7 +211,7 @@ def _slice(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         index[axis] = slice(start, end, step)
     if index[0] != slice(None):
-        raise _RefusedError(f"Slice {node.name} cuts the batch")
+        raise RefusedError(f"Slice {node.name} cuts the batch")
     part: Array = row[tuple(index)]
     return part
 
@@ -190,7 +220,7 @@ def _gather(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
     """One or some entries along an axis."""
     places, axis = constant_values(node.inputs[1]), int(node.attrs.get("axis", 0))
     if places is None or axis % row.ndim == 0:
-        raise _RefusedError(f"Gather {node.name} has no constant places, or takes samples out of a batch")
+        raise RefusedError(f"Gather {node.name} has no constant places, or takes samples out of a batch")
     return np.take(row, places, axis=axis)
 
 
@@ -201,10 +231,10 @@ def _arithmetic(operation: Callable[[Array, Array], Array]) -> Callable[[Array, 
         sides = [constant_values(tensor) for tensor in node.inputs]
         left, right = (row if side is None else side.astype(np.float64) for side in sides)
         if all(side is None for side in sides) or (node.op == "Div" and sides[1] is None):
-            raise _RefusedError(f"{node.op} {node.name} is not monotone in one tensor")
+            raise RefusedError(f"{node.op} {node.name} is not monotone in one tensor")
         result = operation(left, right)
         if result.size != row.size or result.shape[0] != 1:
-            raise _RefusedError(f"{node.op} {node.name} changes the shape")
+            raise RefusedError(f"{node.op} {node.name} changes the shape")
         return result
 
     return step
@@ -227,7 +257,7 @@ def _clip(row: Array, node: gs.Node, _made: gs.Tensor) -> Array:
     bounds = [None if t.is_empty() else constant_values(t) for t in node.inputs[1:]]
     low, high = (*bounds, None, None)[:2]
     if any(not tensor.is_empty() and bound is None for tensor, bound in zip(node.inputs[1:], bounds, strict=True)):
-        raise _RefusedError(f"Clip {node.name} has no constant bounds")
+        raise RefusedError(f"Clip {node.name} has no constant bounds")
     low = node.attrs.get("min", -np.inf) if low is None else low
     return np.asarray(np.clip(row, low, node.attrs.get("max", np.inf) if high is None else high))
 
@@ -277,7 +307,7 @@ def _exact(tensor: gs.Tensor, ranges: Ranges, *, by_channel: bool) -> _Bound:
     found = ranges.tensors.get(tensor.name)
     rank = rank_of(tensor)
     if found is None or rank is None:
-        raise _RefusedError(f"there is no range for {tensor.name}")
+        raise RefusedError(f"there is no range for {tensor.name}")
     size = _channel_sizes(found, rank) if by_channel else None
     size = np.full((1,) * rank, found.absmax) if size is None else size
     return _Bound(size, np.zeros_like(size))
@@ -296,7 +326,7 @@ def _operand(tensor: gs.Tensor, bounds: dict[int, _Bound]) -> _Bound:
         return bounds[id(tensor)]
     values = constant_values(tensor)
     if values is None:
-        raise _RefusedError(f"there is no range for {tensor.name}")
+        raise RefusedError(f"there is no range for {tensor.name}")
     size = np.abs(values.astype(np.float64))
     return _Bound(size, np.zeros_like(size))
 
@@ -322,7 +352,7 @@ def _after(node: gs.Node, parts: list[_Bound]) -> _Bound:
         return _each(parts, lambda array: array.max(tuple(axes), keepdims=keep))
     if node.op == "Concat":
         return _each(parts, lambda *arrays: np.concatenate(np.broadcast_arrays(*arrays), node.attrs["axis"]))
-    raise _RefusedError(f"no bound is known across {node.op} {node.name}")
+    raise RefusedError(f"no bound is known across {node.op} {node.name}")
 
 
 def _each(parts: list[_Bound], function: Callable[..., Array]) -> _Bound:

@@ -19,6 +19,7 @@ from relu_deploy.passes.bernoulli import spell_out_bernoulli
 from relu_deploy.passes.certificate import is_exact
 from relu_deploy.passes.collapse_within import collapse_within
 from relu_deploy.passes.domain import Domains
+from relu_deploy.passes.fold_dynamic import Folding, check_folding, describe_folding, fold_dynamic, measure_folding
 from relu_deploy.passes.pwlu_spell import spell_pwlu
 from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.verify import Feed, Verification, compare
@@ -48,6 +49,7 @@ class RewriteReport:
         verification: The comparison of what is claimed to be the same network with the original; None when it was not
             asked for or nothing changed. Collapsing to a tolerance comes after it.
         approximation: What collapsing to a tolerance did, with every bound; None when it was not asked for.
+        folding: What making dynamic units static did, with every bound; None when it was not asked for.
     """
 
     passes: tuple[PassReport, ...]
@@ -56,6 +58,7 @@ class RewriteReport:
     exact: bool
     verification: Verification | None
     approximation: Approximation | None = None
+    folding: Folding | None = None
 
     @property
     def changed(self) -> bool:
@@ -71,6 +74,7 @@ def rewrite(
     seed: int = 0,
     collapse_tolerance: float | None = None,
     domain: tuple[float, float] | Ranges | None = None,
+    fold_tolerance: float | None = None,
 ) -> tuple[onnx.ModelProto, RewriteReport]:
     """Apply every pass until none changes anything, then check the result.
 
@@ -83,6 +87,8 @@ def rewrite(
             accepts what is exactly ReLU on ``domain``. None: only what is exactly ReLU everywhere.
         domain: Where that has to hold: a range for every region's input, or ranges that were measured on ``model``;
             None: every finite number of the type.
+        fold_tolerance: Also make a DY-ReLU static where ``domain``, which has to be ranges then, shows that this moves
+            its output by at most this much, in its units; before anything is collapsed to a tolerance.
 
     Returns:
         The rewritten network and the report. Where no pass changes anything the network is ``model`` itself: files that
@@ -95,14 +101,18 @@ def rewrite(
         ToolkitError: the tolerance or the range makes no sense, or there is a domain and no tolerance.
     """
     domains = domains_of(domain, model)
+    if fold_tolerance is not None:
+        check_folding(fold_tolerance, domain)
     if collapse_tolerance is not None:
         check_tolerance(collapse_tolerance)
-    elif domain is not None:
+    elif domain is not None and fold_tolerance is None:
         raise ToolkitError(
             "a domain says nothing without a tolerance", hint="give a collapse tolerance too; 0 accepts no difference"
         )
     options = _Check(verify, samples, seed)
     result, report = _rewrite_exactly(model, options)
+    if fold_tolerance is not None and isinstance(domain, Ranges):
+        result, report = _fold_dynamic(result, report, fold_tolerance, domain, options)
     if collapse_tolerance is not None:
         result, report = _collapse_within(result, report, collapse_tolerance, domains, options)
     return result, report
@@ -159,6 +169,30 @@ def _rewrite_exactly(model: onnx.ModelProto, options: _Check) -> tuple[onnx.Mode
     reference = model if spelled is source else spelled
     checked = _verify(reference, result, exact, options) if options.verify else None
     return result, RewriteReport(tuple(reports), before, len(result.graph.node), exact, checked)
+
+
+def _fold_dynamic(
+    model: onnx.ModelProto, report: RewriteReport, tolerance: float, ranges: Ranges, options: _Check
+) -> tuple[onnx.ModelProto, RewriteReport]:
+    """Make dynamic units static, measure what that changes, and clean up exactly behind it."""
+    static, found, units = fold_dynamic(model, ranges, tolerance)
+    if not units:
+        folding = describe_folding((), tolerance)
+        return model, dataclasses.replace(report, passes=tuple(_join(list(report.passes), [found])), folding=folding)
+    folding = describe_folding(units, tolerance)
+    if options.verify:
+        folding = measure_folding(model, static, units, tolerance, samples=options.samples, seed=options.seed)
+    result, cleaned = _apply(static)
+    check_model(result, "the rewritten network")
+    if options.verify:
+        _verify(static, result, all(_is_exact(entry) for entry in cleaned), options)
+    return result, dataclasses.replace(
+        report,
+        passes=tuple(_join(_join(list(report.passes), [found]), cleaned)),
+        nodes_after=len(result.graph.node),
+        exact=False,
+        folding=folding,
+    )
 
 
 def _collapse_within(

@@ -19,6 +19,7 @@ from calib.ranges import Ranges, TensorRange
 from calib.run import calibrate
 from calib.session import open_session, with_outputs
 from calib.sources import open_source
+from relu_deploy.errors import RangesError, ToolkitError
 from relu_deploy.export import export_model
 from relu_deploy.export.specs import DynamicAxis, ExampleInput
 from relu_deploy.graph import check_model, export_graph, import_graph, load_model
@@ -256,7 +257,7 @@ def test_a_dynamic_unit_stays_and_says_by_how_much(tmp_path):
     result, report = folded(model, measure(model, data(model)), 1e-3)
     assert report.changed == ()
     (skip,) = report.skipped
-    assert skip.reason.startswith("DY-ReLU-B stays: its coefficients stay within")
+    assert skip.reason.startswith("DY-ReLU-B stays: its coefficients were seen up to")
     assert skip.reason.endswith("allowed is 0.001")
     assert claimed(skip.reason) > 1e-3
     assert sorted(n.name for n in result.graph.node) == sorted(n.name for n in model.graph.node)
@@ -335,3 +336,74 @@ def test_float16(tmp_path):
     assert len(frozen) == 4
     assert {t.data_type for t in frozen} == {onnx.TensorProto.FLOAT16}
     assert claimed(report.notes[name]) > 2.0**-12  # rounding the coefficients counts
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05])
+def test_rewrite_folds_measures_and_cleans_up(scale, tmp_path):
+    net = calm(units.Images(DyReLU(8, "B"), DyReLU(8, "C")), scale)
+    model = exported(net, units.IMAGE, tmp_path)
+    samples = data(model, 8)
+    ranges = measure(model, samples)
+    feeds = [{"x": sample[None]} for sample in samples]
+    result, report = rewrite(model, domain=ranges, fold_tolerance=10.0, samples=feeds)
+    folding = report.folding
+    assert (folding.samples, folding.given, folding.note) == (8, True, "")
+    assert [unit.variant for unit in folding.units] == ["B", "C"]
+    for unit in folding.units:
+        assert unit.measured <= unit.bound + ROUNDING * unit.largest
+        assert (unit.bound > 0) == (scale > 0)
+    assert report.exact is False
+    assert report.nodes_after == len(result.graph.node) < len(model.graph.node)
+    assert find_dyrelu(import_graph(result)) == []
+    before, after = (open_session(m).run(None, {"x": samples})[0] for m in (model, result))
+    moved = np.abs(before - after).max() / np.abs(before).max()
+    assert folding.outputs[0].error == pytest.approx(moved, rel=1e-2, abs=1e-6)
+
+
+def test_random_inputs_go_beyond_the_ranges_and_the_report_shows_it(tmp_path):
+    model = exported(calm(units.Images(DyReLU(8, "B")), 1.0), units.IMAGE, tmp_path)
+    _, report = rewrite(model, domain=measure(model, 0.01 * data(model, 4)), fold_tolerance=100.0)
+    (unit,) = report.folding.units
+    assert not report.folding.given
+    assert unit.measured > unit.bound
+
+
+def test_nothing_to_fold_is_no_change(tmp_path):
+    model = exported(calm(units.Images(nn.ReLU()), 1.0), units.IMAGE, tmp_path, "dynamo")
+    first, _ = rewrite(model)
+    result, report = rewrite(first, domain=measure(first, data(model, 2)), fold_tolerance=1.0)
+    assert result is first
+    assert report.folding.units == ()
+    assert not report.changed
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "domain", "words"),
+    [(-1.0, "ranges", "no sense"), (np.nan, "ranges", "no sense"), (0.1, None, "ranges"), (0.1, (-1.0, 1.0), "ranges")],
+    ids=["negative", "nan", "no ranges", "a range"],
+)
+def test_folding_without_ranges_or_sense_is_refused(tolerance, domain, words):
+    model = onnx.parser.parse_model(PLAIN)
+    found = measure(model, data(model, 1)) if domain == "ranges" else domain
+    with pytest.raises(ToolkitError, match=words):
+        rewrite(model, domain=found, fold_tolerance=tolerance)
+
+
+def test_another_networks_ranges_are_refused(tmp_path):
+    model = onnx.parser.parse_model(PLAIN)
+    other = exported(calm(units.Images(DyReLU(8, "B")), 1.0), units.IMAGE, tmp_path)
+    with pytest.raises(RangesError):
+        rewrite(model, domain=measure(other, data(other, 2)), fold_tolerance=1.0)
+
+
+def test_folding_and_collapsing_go_together(tmp_path):
+    """A unit that hardly leaves ReLU: static within one tolerance, Relu within another."""
+    torch.manual_seed(0)
+    net = units.Images(DyReLU(8, "B"))
+    with torch.no_grad():
+        net.layers[1].excite.weight.normal_(0, 1e-4)
+    model = exported(net, units.IMAGE, tmp_path)
+    ranges = measure(model, data(model))
+    result, report = rewrite(model, domain=ranges, fold_tolerance=0.01, collapse_tolerance=0.05)
+    assert [node.op_type for node in result.graph.node] == ["Conv", "Relu", "Conv"]
+    assert len(report.folding.units) == len(report.approximation.collapses) == 1
