@@ -18,7 +18,7 @@ from calib.ranges import Ranges, check_fresh
 from calib.runtime import RUNTIME_ERRORS
 from calib.session import open_session
 from relu_deploy.errors import CheckFailedError, ToolkitError
-from relu_deploy.passes.certificate import Certificate, above
+from relu_deploy.passes.certificate import above
 from relu_deploy.passes.collapse_within import Collapsed
 from relu_deploy.passes.domain import Calibrated, Domains, Everywhere, Given
 from relu_deploy.passes.verify import Feed, difference, is_float, random_feeds
@@ -165,9 +165,7 @@ def measure(
         return dataclasses.replace(report, note="no random input was found that the original accepts")
     names = [output.name for output in old.get_outputs()]
     seen = [dict(zip(names, values, strict=True)) for values, _ in runs]
-    rows = tuple(
-        _check(row, item.output, item.certificate, seen) for row, item in zip(report.collapses, collapsed, strict=True)
-    )
+    rows = tuple(_check(row, item, seen) for row, item in zip(report.collapses, collapsed, strict=True))
     drifts = tuple(
         Drift(
             output.name,
@@ -200,14 +198,16 @@ def _with_outputs(model: onnx.ModelProto, collapsed: Sequence[Collapsed]) -> onn
     return shown
 
 
-def _check(row: CollapseCheck, output: str, proven: Certificate, seen: list[dict[str, object]]) -> CollapseCheck:
+def _check(row: CollapseCheck, item: Collapsed, seen: list[dict[str, object]]) -> CollapseCheck:
     """Hold what was seen of one region against its certificate."""
+    proven = item.certificate
     worst, outside, count = 0.0, 0, 0
     for values in seen:
-        x, y = (np.asarray(values[name]) for name in (row.input, output))
+        x, y = (np.asarray(values[name]) for name in (item.input, item.output))
         unit = max(proven.rounding, _LEAST_ROUNDING.get(str(x.dtype), 4e-6))
         x, y = x.astype(np.float64), y.astype(np.float64)
-        inside = (x >= proven.low) & (x <= proven.high) & np.isfinite(x) & np.isfinite(y)
+        low, high = item.domain.along(x.ndim) if item.domain else (proven.low, proven.high)
+        inside = (x >= low) & (x <= high) & np.isfinite(x) & np.isfinite(y)
         count, outside = count + x.size, outside + int(x.size - inside.sum())
         gap, size = np.abs(y - np.maximum(x, 0))[inside], np.maximum(np.abs(x), 1.0)[inside]
         if (gap > proven.eps + (proven.slope + unit) * size).any():

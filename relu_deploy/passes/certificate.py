@@ -162,7 +162,7 @@ def certify_within(
     where = f"every finite {kind.name}" if domain is None else str(domain)
     gap = _Gap(program, kind, exact, domain)
     eps = gap.eps
-    if not math.isfinite(eps) or (domain is None and eps > kind.largest * 2.0**-64):
+    if not math.isfinite(eps) or gap.grows:
         hint = "; a range may give one" if domain is None else ""
         return Refusal(f"no bound of its distance from ReLU for {where} (tolerance {tolerance:g}){hint}")
     if eps > tolerance:
@@ -187,6 +187,7 @@ class _Gap:
     Attributes:
         eps: The bound, without ``slope |x|``.
         slope: Largest slope of that kind; 0 on a range.
+        grows: Whether it is another slope that keeps a channel from ReLU, on the whole line.
         piecewise_linear: Whether every channel is.
     """
 
@@ -196,7 +197,7 @@ class _Gap:
         columns, low, high = _distinct(program, kind, domain)
         functions = [exact(program, column) for column in columns.T]
         smooth = np.array([function is None for function in functions])
-        self.slope = 0.0
+        self.slope, self.grows = 0.0, False
         bounds = [
             self._breakpoints(function, Fraction(float(a)), Fraction(float(b)))
             for function, a, b in zip(functions, low, high, strict=True)
@@ -210,6 +211,7 @@ class _Gap:
     def _is_rounding(self, slope: Fraction) -> bool:
         """Whether a slope of the difference is stated apart; if so, notes it."""
         if not self.whole or abs(slope) > SLOPE_UNITS * self.kind.unit:
+            self.grows |= self.whole
             return False
         self.slope = max(self.slope, _up(abs(slope)))
         return True

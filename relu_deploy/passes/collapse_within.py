@@ -34,12 +34,14 @@ class Collapsed:
         input: Tensor that the Relu reads.
         output: Tensor that it makes.
         certificate: What was proven.
+        domain: Where that holds, channel by channel; None for what the certificate says.
     """
 
     node: str
     input: str
     output: str
     certificate: Certificate
+    domain: Domain | None = None
 
 
 def collapse_within(graph: gs.Graph, *, tolerance: float, domains: Domains) -> tuple[PassReport, tuple[Collapsed, ...]]:
@@ -58,7 +60,7 @@ def collapse_within(graph: gs.Graph, *, tolerance: float, domains: Domains) -> t
     run = _Within(graph, tolerance, domains)
     report = run.run()
     found = tuple(
-        Collapsed(name, top.tensor.name, cut.tensor.name, certificate)
+        Collapsed(name, top.tensor.name, cut.tensor.name, certificate, run.held[id(cut)])
         for name, (top, cut, certificate) in zip(report.changed, reversed(run.replaced), strict=True)
     )
     return report, found
@@ -70,6 +72,7 @@ class _Within(Collapse):
     def __init__(self, graph: gs.Graph, tolerance: float, domains: Domains) -> None:
         super().__init__(graph)
         self.tolerance, self.domains = tolerance, domains
+        self.held: dict[int, Domain | None] = {}  # by id of the cut that was replaced
 
     def _decide(self, cut: Cut, followers: list[Cut]) -> Cut:
         """Collapse the window above ``cut`` that is closest to ReLU, the longest of equal ones, or say why not."""
@@ -82,6 +85,8 @@ class _Within(Collapse):
             top, certificate = min(proven, key=lambda pair: pair[1].eps)
             if top is not cut.parent or cut.node.op != "Relu":
                 self.replaced.append((top, cut, certificate))
+                domain = self._domain(program_between(top, cut), top)
+                self.held[id(cut)] = domain if isinstance(domain, Domain) else None
             return top
         activation = self.functions.activation(cut, followers)
         refusals = [verdict for _, verdict in verdicts if isinstance(verdict, Refusal)]

@@ -22,17 +22,26 @@ class Domain:
     Attributes:
         low: float64, ``(C,)`` or ``(1,)``; finite.
         high: The same, ``>= low``.
-        source: ``given`` or ``calibrated``; ``type`` for every finite number of the type.
+        source: ``given`` or ``calibrated``.
+        axis: Where the channels are, counted from the last (-1); None where there is one range for all.
     """
 
     low: Array
     high: Array
     source: str
+    axis: int | None = None
 
     @property
     def ends(self) -> tuple[float, float]:
         """Smallest and largest number in any channel."""
         return float(self.low.min()), float(self.high.max())
+
+    def along(self, rank: int) -> tuple[Array, Array]:
+        """Both ends, of a shape that goes with a tensor of that many axes."""
+        shape = [1] * rank
+        if self.axis is not None:
+            shape[self.axis] = len(self.low)
+        return self.low.reshape(shape), self.high.reshape(shape)
 
     def __str__(self) -> str:
         low, high = self.ends
@@ -106,7 +115,8 @@ class Calibrated:
             or len(found.channel_min) != channels
         ):
             return Domain(np.array([float(found.min)]), np.array([float(found.max)]), "calibrated")
-        return Domain(found.channel_min.astype(np.float64), found.channel_max.astype(np.float64), "calibrated")
+        low, high = found.channel_min.astype(np.float64), found.channel_max.astype(np.float64)
+        return Domain(low, high, "calibrated", axis)
 
 
 def _missing(name: str, skipped: Mapping[str, str]) -> str:

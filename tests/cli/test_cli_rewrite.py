@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
@@ -67,3 +68,74 @@ def test_bad_files_end_with_code_2_and_no_output(model, tmp_path, damage):
 def test_no_verify_is_said(model, tmp_path):
     result = CliRunner().invoke(main, ["rewrite", str(model), "-o", str(tmp_path / "o.onnx"), "--no-verify"])
     assert "not compared" in result.output
+
+
+SAT = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 4] x) => (float[N, 4] y)
+<float g = {0.01}, float r1 = {0.99}, float[4, 4] m = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}>
+{ c = MatMul(x, m) s = Sigmoid(c) a = Mul(c, s) p = Mul(a, g) r = Relu(c) q = Mul(r, r1) y = Add(p, q) }"""
+
+
+@pytest.fixture
+def blend(tmp_path):
+    path = tmp_path / "sat.onnx"
+    onnx.save(onnx.parser.parse_model(SAT), path)
+    return path
+
+
+def rewrite(*args):
+    return CliRunner(env={"COLUMNS": "250"}).invoke(main, ["rewrite", *map(str, args)])
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--collapse-tolerance", "0.003"], "within 0.00279 of ReLU for every finite float32, plus 9.32e-09 |x|"),
+    (["--collapse-tolerance", "0.003", "--range", "-8,8"], "within 0.00279 of ReLU for -8 <= x <= 8 (given)"),
+])  # fmt: skip
+def test_a_blend_collapses_within_a_tolerance_and_says_how_far_off_it_is(blend, tmp_path, options, words):
+    out, report = tmp_path / "out.onnx", tmp_path / "report.json"
+    result = rewrite(blend, "-o", out, *options, "--json", report)
+    assert result.exit_code == 0, result.output
+    assert count_ops(load_model(out)) == {"MatMul": 1, "Relu": 1}
+    assert words in result.output
+    assert "1 region collapsed to a tolerance of 0.003, the largest bound is 0.00279" in result.output
+    row = json.loads(report.read_text())["approximation"]["collapses"][0]
+    assert row["measured"] <= row["eps"] < 0.003
+    assert ("outside its range" in result.output) == ("--range" in options)
+
+
+def test_a_tolerance_that_is_too_small_leaves_it_with_the_bound(blend, tmp_path):
+    result = rewrite(blend, "-o", tmp_path / "out.onnx", "--collapse-tolerance", "0.002")
+    assert result.exit_code == 0
+    assert "within 0.00279 of ReLU for every finite float32, which is more than the tolerance 0.002" in result.output
+    assert "nothing to change" in result.output
+
+
+def test_the_domain_may_come_from_calibration(blend, tmp_path):
+    data, ranges, out = tmp_path / "data.npz", tmp_path / "ranges.json", tmp_path / "out.onnx"
+    np.savez(data, x=np.random.default_rng(0).uniform(3, 5, (16, 4)).astype(np.float32))
+    done = CliRunner().invoke(main, ["calibrate", str(blend), "--calib", str(data), "-o", str(ranges)])
+    assert done.exit_code == 0, done.output
+    result = rewrite(blend, "-o", out, "--collapse-tolerance", "0.002", "--ranges", ranges)
+    assert result.exit_code == 0, result.output
+    assert count_ops(load_model(out)) == {"MatMul": 1, "Relu": 1}
+    assert "(calibrated)" in result.output
+    again = rewrite(out, "-o", tmp_path / "again.onnx", "--collapse-tolerance", "0.002", "--ranges", ranges)
+    assert again.exit_code == 2
+    assert "another network" in again.output
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--range", "-8,8"], "needs --collapse-tolerance"), (["--ranges", "r.json"], "needs --collapse-tolerance"),
+    (["--collapse-tolerance", "-1"], "from 0 on"), (["--collapse-tolerance", "nan"], "from 0 on"),
+    (["--collapse-tolerance", "x"], "not a valid float"),
+    (["--collapse-tolerance", "1", "--range", "3"], "two numbers"),
+    (["--collapse-tolerance", "1", "--range", "3,-3"], "the smaller one first"),
+    (["--collapse-tolerance", "1", "--range", "0,inf"], "two finite numbers"),
+    (["--collapse-tolerance", "1", "--range", "0,1", "--ranges", "r.json"], "give one of them"),
+    (["--collapse-tolerance", "1", "--ranges", "r.json"], "does not exist"),
+])  # fmt: skip
+def test_senseless_tolerances_and_ranges_end_with_code_2(blend, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    result = rewrite(blend, "-o", "out.onnx", *options)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not (tmp_path / "out.onnx").exists()
