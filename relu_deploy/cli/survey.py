@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from relu_deploy.passes.survey import Site, Survey
     from relu_deploy.report import PassReport
 
-_COUNTED = ("n", "kind", "spelling", "where", "after", "becomes", "within")
+_COUNTED = ("n", "kind", "spelling", "where", "after", "becomes", "bound")
 _LEFT = ("n", "kind", "spelling", "where", "why")
 # A screen of 80 columns has room for the longest names of kinds without a break.
 _KIND_WIDTH = 12
@@ -40,7 +40,10 @@ def command(model: Path, each: bool, what_if: str | None, output: Path | None, j
 
     MODEL is an ONNX file. Activations are recognised by what they compute, in whatever operators they are spelled.
     Those behind linear layers are counted; gates (squeeze-excite, GLU), heads, attention and what is inside If, Loop
-    or LSTM is left alone. A Relu with a bound of 0 is proven; "needs training" is for distill.
+    or LSTM is left alone.
+
+    The bound is how far an activation is from ReLU at most, proven for every finite input of its type. "Relu" with
+    bound 0 is what rewrite makes of it; "needs training" is work for distill.
 
     --what-if relu writes the network as it would be with ReLU, to measure how fast it is before a student is trained.
     It is not trained and computes nonsense; its metadata say so, and every command that reads it repeats it.
@@ -110,8 +113,9 @@ def _groups(sites: list[Site], row: Row, *, each: bool) -> list[tuple[str, ...]]
 
 def _counted_row(sites: list[Site]) -> tuple[str, ...]:
     first = sites[0]
-    bound = "" if first.bound is None else f"{first.bound:.3g}"
-    return (*_place(sites), _after(sites), first.becomes, bound)
+    from relu_deploy.passes.certificate import above
+
+    return (*_place(sites), _after(sites), first.becomes, "" if first.bound is None else above(first.bound))
 
 
 def _left_row(sites: list[Site]) -> tuple[str, ...]:

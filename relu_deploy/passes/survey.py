@@ -6,8 +6,10 @@ Nothing is changed. What counts as an activation is decided by the function and 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -15,13 +17,16 @@ import onnx_graphsurgeon as gs
 from calib.model import first_quantized
 from relu_deploy import ops
 from relu_deploy.graph import import_graph
+from relu_deploy.passes.certificate import Certificate, certify_within
 from relu_deploy.passes.classify import Activation
-from relu_deploy.passes.collapse import collapse_relu
+from relu_deploy.passes.collapse import Collapse
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dyrelu import find_dyrelu
-from relu_deploy.passes.functions import Functions
+from relu_deploy.passes.floats import FLOAT_TYPES, FloatType
 from relu_deploy.passes.fused import fused_activation
+from relu_deploy.passes.program import Program
 from relu_deploy.passes.quantisers import see_through_quantisers
+from relu_deploy.passes.region import onnx_type
 from relu_deploy.passes.roles import NoActivationError, why_left_alone
 from relu_deploy.passes.run import inline_functions
 from relu_deploy.passes.shapes import annotate
@@ -31,10 +36,13 @@ from relu_deploy.passes.surroundings import Surroundings
 _QUANTISED = "the network is quantised; quantisers are looked through, and their rounding is no part of what is listed"
 # Operators that are activations wherever they stand.
 _NATIVE = ("Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Shrink", "Selu", "Elu", "Celu", "PWLU")
+# Distinct channels that a bound is searched for; each may take some milliseconds.
+MOST_CHANNELS = 256
 # What the others become; a smooth one needs training first.
+TRAINING, TOLERANCE = "needs training", "Relu with a tolerance"
 _BECOMES = {
     "leaky_relu": "PRelu", "prelu": "PRelu", "relu6": "Clip", "clipped_relu": "Clip", "clip": "Clip",
-    "hard_sigmoid": "Clip", "pwlu": "table", "piecewise_linear": "table", "relu": "nothing", "mixed": "nothing",
+    "hard_sigmoid": "Clip", "pwlu": "table", "piecewise_linear": "table", "relu": "Relu", "mixed": "nothing",
     "dy_relu": "nothing",
 }  # fmt: skip
 
@@ -60,9 +68,9 @@ class Site:
         input: The tensor that it is a function of.
         output: The tensor that it makes.
         after: The nearest linear layer before it; None where there is none.
-        becomes: ``Relu``, ``PRelu``, ``Clip``, ``table``, ``needs training`` or ``nothing``.
-        bound: Largest distance from ReLU over ``domain``, in units of the tensor; None where none is known.
-        domain: Inputs that ``bound`` holds for; None without a bound.
+        becomes: ``Relu``, ``Relu with a tolerance``, ``PRelu``, ``Clip``, ``table``, ``needs training`` or ``nothing``.
+        bound: Proven bound of the distance from ReLU over ``domain``, in units of the tensor; None without a proof.
+        domain: Inputs that ``bound`` holds for; None without a bound, and for a Relu of a tensor of unknown type.
         left_alone: Why it stays and is not among ``counts``; None for one that is.
         channels: Channels with constants of their own; 1 where all share them.
     """
@@ -141,9 +149,10 @@ class _Surveyor:
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
-        self.functions = Functions(graph)
+        self.collapse = Collapse(graph)
+        self.functions = self.collapse.functions
         self.around = Surroundings(graph)
-        self.certified = collapse_relu(graph.copy()).notes
+        self._bounds: dict[object, tuple[float | None, str | None]] = {}
         self.dynamic = find_dyrelu(graph)
 
     def sites(self) -> list[Site]:
@@ -176,8 +185,8 @@ class _Surveyor:
                     why = f"part of the {whole.label.kind} of {whole.nodes[-1].name}, and read elsewhere too"
             except NoActivationError:
                 continue
-            site = self._site(label, source, result, span.nodes, why, channels=span.channels)
-            yield dataclasses.replace(site, becomes="nothing") if span.program is None else site
+            site = self._site(label, source, result, span.nodes, why)
+            yield site if why else dataclasses.replace(site, channels=span.channels, **self._fate(span, label.kind))
 
     def _fused(self) -> Iterator[Site]:
         """Activations that no region holds."""
@@ -196,15 +205,42 @@ class _Surveyor:
                 site = dataclasses.replace(site, becomes="nothing")
             yield dataclasses.replace(site, after=Layer(node.name, node.op)) if fused.in_layer else site
 
+    def _fate(self, span: Span, kind: str) -> dict[str, Any]:
+        """What an activation becomes, with the bound of its distance from ReLU and the domain of that."""
+        if span.program is None:
+            return {"becomes": "nothing"}
+        if kind == "relu":
+            verdict = self.collapse.certify(span.top, span.bottom)
+            if isinstance(verdict, Certificate):
+                return {"becomes": "Relu", "bound": verdict.eps, "domain": verdict.where}
+            native = len(span.nodes) == 1 and span.nodes[0].op == "Relu"
+            return {"becomes": "Relu", "bound": 0.0} if native else {"becomes": "nothing", "detail": str(verdict)}
+        bound, domain = self._bound(span)
+        near = kind == "blend" and bound is not None
+        return {"becomes": TOLERANCE if near else _BECOMES.get(kind, TRAINING), "bound": bound, "domain": domain}
+
+    def _bound(self, span: Span) -> tuple[float | None, str | None]:
+        """The bound and its domain, once for each distinct function."""
+        kind = FLOAT_TYPES.get(onnx_type(span.top.tensor))
+        program = span.program
+        if kind is None or program is None or program.channels().shape[1] > MOST_CHANNELS:
+            return None, None
+        key = (program.steps, program.constants.tobytes(), kind.name)
+        if key not in self._bounds:
+            self._bounds[key] = self._measured(program, kind)
+        return self._bounds[key]
+
+    def _measured(self, program: Program, kind: FloatType) -> tuple[float | None, str | None]:
+        found = certify_within(program, kind, self.functions.exact_column, tolerance=math.inf, domain=None)
+        if isinstance(found, Certificate):
+            return found.eps, found.where
+        return (None, None) if found.eps is None else (found.eps, f"every finite {kind.name}, in exact arithmetic")
+
     def _site(
-        self, label: Activation, source: gs.Tensor, result: gs.Tensor, nodes: Sequence[gs.Node], left_alone: str | None,
-        *, channels: int = 1,
-    ) -> Site:  # fmt: skip
-        """What is said of one activation."""
+        self, label: Activation, source: gs.Tensor, result: gs.Tensor, nodes: Sequence[gs.Node], left_alone: str | None
+    ) -> Site:
+        """What is said of any activation."""
         layer = self.around.layer_before(source, direct=False)
-        certified = self.certified.get(nodes[-1].name) if left_alone is None else None
-        is_relu = label.kind == "relu" and len(nodes) == 1 and nodes[0].op == "Relu"
-        becomes = "Relu" if certified or is_relu else _BECOMES.get(label.kind, "needs training")
         return Site(
             name=nodes[-1].name,
             kind=label.kind,
@@ -214,11 +250,11 @@ class _Surveyor:
             input=source.name,
             output=result.name,
             after=None if layer is None else Layer(layer.name, layer.op),
-            becomes=becomes if left_alone is None else "nothing",
-            bound=0.0 if left_alone is None and becomes == "Relu" else None,
-            domain=certified,
+            becomes="nothing" if left_alone else _BECOMES.get(label.kind, TRAINING),
+            bound=None,
+            domain=None,
             left_alone=left_alone,
-            channels=channels,
+            channels=1,
         )
 
 

@@ -15,7 +15,7 @@ from relu_deploy.passes.quantisers import real_source
 from relu_deploy.passes.run import inline_functions
 from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.surroundings import LINEAR
-from relu_deploy.passes.survey import Site, Survey
+from relu_deploy.passes.survey import TOLERANCE, TRAINING, Site, Survey
 from relu_deploy.report import PassReport, Skip
 
 MARK = "not trained, for speed measurement only"
@@ -41,7 +41,7 @@ def replace_by_relu(model: onnx.ModelProto, found: Survey) -> tuple[onnx.ModelPr
         source = inline_functions(source)
     graph = import_graph(source)
     annotate(graph, source)
-    report = _replace_all(graph, [site for site in found.activations if site.becomes == "needs training"])
+    report = _replace_all(graph, [site for site in found.activations if site.becomes in (TRAINING, TOLERANCE)])
     if not report.changed:
         return model, report
     result = export_graph(graph, source)

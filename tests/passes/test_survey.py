@@ -48,9 +48,11 @@ def test_what_is_said_of_an_activation():
     site = only(survey(network(body)))
     assert site == Site(
         name="Mul_4", kind="silu", detail="SiLU", spelling="Sigmoid-Mul", nodes=("Sigmoid_3", "Mul_4"), input="t",
-        output="m", after=Layer("Conv_0", "Conv"), becomes="needs training", bound=site.bound, domain=site.domain,
+        output="m", after=Layer("Conv_0", "Conv"), becomes="needs training", bound=site.bound, domain="every finite float32",
         left_alone=None, channels=1,
     )  # fmt: skip
+
+    assert 0.27846 <= site.bound <= 0.28  # SiLU has its minimum, -0.278464, at x = -1.278464
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,10 @@ def test_what_is_said_of_an_activation():
         (f"{STEM} z = LeakyRelu(c) {LAST}", "PRelu"),
         (f"{STEM} z = Clip(c, #0, #6) {LAST}", "Clip"),
         (f"{STEM} z = Elu(c) {LAST}", "needs training"),
+        (
+            f"{STEM} s = Sigmoid(c) a = Mul(c, s) p = Mul(a, #0.01) r = Relu(c) q = Mul(r, #0.99) z = Add(p, q) {LAST}",
+            "Relu with a tolerance",
+        ),
         (f"{STEM} a = Relu(c) b = Add(c, #1) r = Relu(b) z = Sub(r, a) {LAST}", "table"),
         # In floats this is not ReLU: 0 times what overflows.
         (f"{STEM} e = Exp(c) m = Mul(e, #0) r = Relu(c) z = Add(m, r) {LAST}", "nothing"),
@@ -70,6 +76,23 @@ def test_what_is_said_of_an_activation():
 )
 def test_what_it_becomes(body, becomes):
     assert only(survey(network(body))).becomes == becomes
+
+
+@pytest.mark.parametrize(
+    ("body", "bound", "domain"),
+    [
+        (f"{STEM} z = Relu(c) {LAST}", 0, "every finite float32"),
+        (f"{STEM} z = Max(c, #0) {LAST}", 0, "every finite float32"),
+        (f"{STEM} a = Abs(c) s = Add(c, a) z = Mul(s, #0.5) {LAST}", 0, "|x| <= 8.507e+37 (float32)"),
+        (f"{STEM} z = Max(c, #0.25) {LAST}", 0.25, "every finite float32"),
+        (f"{STEM} z = LeakyRelu(c) {LAST}", None, None),
+        (f"{STEM} z = Clip(c, #0, #6) {LAST}", None, None),
+        (f"{STEM} y = Sigmoid(c)", None, None),
+    ],
+)
+def test_bounds(body, bound, domain):
+    site = only(survey(network(body)))
+    assert (site.bound, site.domain) == (bound, domain)
 
 
 def test_the_layer_before_is_the_nearest():
