@@ -85,7 +85,8 @@ def main() -> None:
     """Take networks from smooth activations to plain ReLU and into INT8 engines, with every step measured.
 
     The flow: distill -> export -> rewrite -> calibrate -> quantize -> build-engine -> bench. Each step reads and
-    writes files (ONNX, JSON) and works alone; build-engine runs the four before it as needed; demo runs them all.
+    writes files (ONNX, JSON) and works alone; build-engine runs the four before it as needed; survey says beforehand
+    what a network holds; demo runs the flow.
 
     Exit codes: 0 done, 1 a check failed, 2 a mistake in the call or its files, 128 + N ended by signal N.
     """

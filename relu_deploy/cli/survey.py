@@ -39,8 +39,8 @@ def command(model: Path, each: bool, what_if: str | None, output: Path | None, j
     """List every activation of MODEL: what it is, where it is, what it would become, and what stays and why.
 
     MODEL is an ONNX file. Activations are recognised by what they compute, in whatever operators they are spelled.
-    Those behind linear layers are counted; gates (squeeze-excite, GLU), heads, attention and what is inside If, Loop
-    or LSTM is left alone.
+    Those behind linear layers are counted; gates (squeeze-excite, GLU), heads, attention and whatever is inside If,
+    Loop or LSTM are left alone.
 
     The bound is how far an activation is from ReLU at most, proven for every finite input of its type. "Relu" with
     bound 0 is what rewrite makes of it; "needs training" is work for distill.

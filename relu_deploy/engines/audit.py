@@ -16,6 +16,8 @@ from typing import Literal
 UNKNOWN = "unknown"
 # What a ReLU student may still hold: a ReLU, or the clipping that a ReLU6 (or a quantiser) is.
 RELU_KINDS = frozenset({"relu", "clip"})
+# How a note begins that an engine is good for nothing but measuring its speed.
+UNTRAINED = "its activations were replaced by ReLU"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +13,12 @@ import onnx
 
 from calib.files import atomic_path, check_writable
 from calib.fingerprint import model_fingerprint
-from relu_deploy.engines.audit import Audit
+from relu_deploy.engines.audit import UNTRAINED, Audit
 from relu_deploy.engines.base import BuildConfig, BuildReport
 from relu_deploy.engines.manifest import data_path, manifest_path, write_manifest
 from relu_deploy.engines.promise import disagreements
 from relu_deploy.errors import CheckFailedError, FileError
-from relu_deploy.graph import fits_one_message, load_model, name_nodes, save_model, tensor_bytes
+from relu_deploy.graph import WHAT_IF, fits_one_message, load_model, name_nodes, save_model, tensor_bytes
 from relu_deploy.model_io import model_io
 
 # Turns a model (its bytes, or a file when it is too large for one protobuf) into an engine at a path.
@@ -54,7 +55,7 @@ def build_engine(
         built = folder / out.name
         with _source(loaded, folder) as source:
             start = time.perf_counter()
-            audit = compile_(loaded)(source, built)
+            audit = _noted(compile_(loaded)(source, built), loaded)
             seconds = time.perf_counter() - start
         found = disagreements(loaded, audit)
         if config.require_int8 and found:
@@ -78,6 +79,12 @@ def build_engine(
         write_manifest(built, report)
         _publish([*reversed(parts), manifest_path(built)], out)
     return report
+
+
+def _noted(audit: Audit, model: onnx.ModelProto) -> Audit:
+    """The audit with a note where the network was never trained as it stands: whoever reads the engine is told."""
+    notes = (f"{UNTRAINED}, {entry.value}" for entry in model.metadata_props if entry.key == WHAT_IF)
+    return dataclasses.replace(audit, notes=(*audit.notes, *notes))
 
 
 @contextlib.contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 from calib.files import read_json, require_file, sha256_file, write_json
-from relu_deploy.engines.audit import Activation, Audit, LinearLayer
+from relu_deploy.engines.audit import UNTRAINED, Activation, Audit, LinearLayer
 from relu_deploy.engines.base import BuildReport, ShapeRange
 from relu_deploy.engines.typed import check_types
-from relu_deploy.errors import EngineError, FileError
+from relu_deploy.errors import EngineError, FileError, NetworkWarning
 from relu_deploy.report import to_json
 from relu_deploy.targets import TARGETS
 from relu_deploy.tensors import TensorSpec
@@ -57,6 +58,9 @@ def read_manifest(engine: Path) -> BuildReport:
             f"{path} is not the manifest of an engine: {error!r}", hint="build the engine again"
         ) from error
     _check_hashes(engine, hashes)
+    for note in report.audit.notes:
+        if note.startswith(UNTRAINED):
+            warnings.warn(f"{engine}: {note}", NetworkWarning, stacklevel=2)
     return report
 
 
