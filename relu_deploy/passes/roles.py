@@ -52,6 +52,8 @@ def why_left_alone(
     if kind == "softmax":
         return _of_softmax(around, result)
     gate = _gate(around, kind, source, result)
+    if gate == GLU and kind in _HEADS and around.has_layers and not around.layer_follows(result):
+        return HEAD  # the product of two scores is a score
     if gate:
         return gate
     if kind in BOUNDED and around.attends(result):

@@ -33,7 +33,11 @@ from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.spans import Span, find_spans
 from relu_deploy.passes.surroundings import Surroundings
 
-_QUANTISED = "the network is quantised; quantisers are looked through, and their rounding is no part of what is listed"
+_QUANTISED = (
+    "the network is quantised: quantisers are looked through, and a ReLU that became the clipping of one is not listed"
+)
+# Clips from here on keep float16 from overflowing, and are no activations.
+GUARD = 1000
 # Operators that are activations wherever they stand.
 _NATIVE = ("Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Shrink", "Selu", "Elu", "Celu", "PWLU")
 # Distinct channels that a bound is searched for; each may take some milliseconds.
@@ -175,7 +179,7 @@ class _Surveyor:
         for span in spans:
             label = dataclasses.replace(span.label, kind=_kind(span))
             source, result = span.top.tensor, span.bottom.tensor
-            if any(node.name in inside for node in span.nodes):
+            if any(node.name in inside for node in span.nodes) or self._is_guard(span):
                 continue
             native = any(node.op in _NATIVE for node in span.nodes)
             try:
@@ -187,6 +191,11 @@ class _Surveyor:
                 continue
             site = self._site(label, source, result, span.nodes, why)
             yield site if why else dataclasses.replace(site, channels=span.channels, **self._fate(span, label.kind))
+
+    def _is_guard(self, span: Span) -> bool:
+        """Whether it clips so far out that nothing but overflow is meant."""
+        exact = self.functions.exact(span.program, 0) if span.program and span.label.kind == "clip" else None
+        return exact is not None and all(abs(place) >= GUARD for place in exact.breaks)
 
     def _fused(self) -> Iterator[Site]:
         """Activations that no region holds."""

@@ -6,6 +6,8 @@ carries a mark that says so wherever it goes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -84,6 +86,14 @@ def _ends(site: Site, nodes: list[gs.Node]) -> tuple[gs.Tensor, gs.Tensor]:
     source = next((t for t in readable if site.input in (t.name, real_source(t).name)), None)
     if source is None:
         raise _CannotReplaceError(f"none of its nodes reads {site.input}")
-    if source.shape is not None and target.shape is not None and list(source.shape) != list(target.shape):
+    if not _may_be_alike(source.shape, target.shape):
         raise _CannotReplaceError(f"it turns shape {list(source.shape)} into {list(target.shape)}")
     return source, target
+
+
+def _may_be_alike(first: Sequence[object] | None, second: Sequence[object] | None) -> bool:
+    """Whether two shapes can be the same, as far as their sizes are known; one size may go by several names."""
+    if first is None or second is None:
+        return True
+    known = (pair for pair in zip(first, second, strict=False) if all(isinstance(size, int) for size in pair))
+    return len(first) == len(second) and all(one == other for one, other in known)
