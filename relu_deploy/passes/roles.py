@@ -43,7 +43,7 @@ def why_left_alone(
     Raises:
         NoActivationError: it is no activation at all.
     """
-    if is_arithmetic(kind) or around.is_fixed(result):
+    if is_arithmetic(kind) or around.is_fixed(result) or around.is_unread(result):
         raise NoActivationError
     if kind in _DOUBTFUL and not native and around.has_layers and around.layer_before(source, direct=True) is None:
         raise NoActivationError

@@ -71,6 +71,12 @@ class Surroundings:
         """Whether a tensor is computed from constants alone, such as the table of a relative position."""
         return id(tensor) in self._fixed
 
+    def is_unread(self, tensor: gs.Tensor) -> bool:
+        """Whether whatever reads a tensor always gives the same: the first step of an unrolled cell gates zeros."""
+        if id(tensor) in self._outputs:
+            return False
+        return all(node.outputs and all(id(t) in self._fixed for t in node.outputs) for node in tensor.outputs)
+
     def layer_follows(self, tensor: gs.Tensor) -> bool:
         """Whether the values of a tensor reach a linear layer."""
         return id(tensor) in self._before_a_layer
@@ -155,7 +161,14 @@ def _is_fixed(node: gs.Node, fixed: set[int]) -> bool:
     """Whether a node always gives the same."""
     if node.op.startswith("Random") or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         return False
+    if node.op == "Mul" and any(_is_zero(tensor) for tensor in node.inputs):
+        return True
     return all(t.is_empty() or id(t) in fixed or constant_values(t) is not None for t in node.inputs)
+
+
+def _is_zero(tensor: gs.Tensor) -> bool:
+    values = constant_values(tensor)
+    return values is not None and values.dtype.kind == "f" and not values.any()
 
 
 def values_into(node: gs.Node) -> Iterator[gs.Tensor]:

@@ -37,6 +37,8 @@ def network(
         return made[-1].name
 
     text = re.sub(r"%\[([\d,]+)\]", weight, re.sub(r"#([-+.\de]+)", number, body))
+    if "zeros" in body:
+        made.append(onnx.numpy_helper.from_array(np.zeros((2, 8), np.float32), "zeros"))
     text = re.sub(r"@\[([-\d,]+)\]", list_of_ints, text)
     names = ", ".join(f"{kind}[] {name}" for kind, name in (item.split() for item in outputs.split(", ")))
     imports = f', "{domain}": 1' if domain else ""
@@ -84,6 +86,8 @@ PLACES: dict[str, tuple[str, str, dict[str, int], dict[str, str]]] = {
     "WaveNet's gate": (f"f = Conv(x, %[8,8,1,1]) g = Conv(x, %[8,8,1,1]) a = Tanh(f) b = Sigmoid(g) z = Mul(a, b) {LAST}", IMAGE, {}, {"tanh": roles.GLU, "sigmoid": roles.GLU}),
     "a cell of a GRU, unrolled": ("z = Gemm(x, %[8,8]) u = Sigmoid(z) n = Gemm(x, %[8,8]) t = Tanh(n) k = Sub(#1, u) a = Mul(k, t) b = Mul(u, h) s = Add(a, b) y = Gemm(s, %[8,8])", "float[N,8] x, float[N,8] h",
                                  {}, {"sigmoid": roles.GLU, "tanh": roles.GLU}),
+    "the first cell of an LSTM, unrolled": ("g = Gemm(x, %[8,32]) i, f, o, k = Split <axis = 1> (g, @[8,8,8,8]) a = Sigmoid(i) b = Sigmoid(f) d = Sigmoid(o) t = Tanh(k) u = Mul(b, zeros) v = Mul(a, t) c = Add(u, v) w = Tanh(c) h = Mul(d, w) y = Gemm(h, %[8,8])", "float[2,8] x",
+                                            {}, {"sigmoid": roles.GLU, "tanh": roles.GLU}),
     "attention": ("q = MatMul(x, %[8,8]) k = MatMul(x, %[8,8]) v = MatMul(x, %[8,8]) t = Transpose <perm = [0, 2, 1]> (k) d = MatMul(q, t) e = Div(d, #2.828) s = Softmax <axis = -1> (e) o = MatMul(s, v) y = MatMul(o, %[8,8])", WORDS,
                   {}, {"softmax": roles.ATTENTION}),
     "attention by sigmoid": ("q = MatMul(x, %[8,8]) t = Transpose <perm = [0, 2, 1]> (x) d = MatMul(q, t) s = Sigmoid(d) o = MatMul(s, x) y = MatMul(o, %[8,8])", WORDS,
