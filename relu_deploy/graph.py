@@ -253,10 +253,20 @@ def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     model.domain, model.model_version, model.doc_string = like.domain, like.model_version, like.doc_string
     del model.metadata_props[:]
     model.metadata_props.extend(like.metadata_props)
+    _keep_shapes(model, like)
     ops.drop_definitions(model)
     ops.define_operators(model, opset(model))
     name_nodes(model.graph)
     return model
+
+
+def _keep_shapes(model: onnx.ModelProto, like: onnx.ModelProto) -> None:
+    """Give outputs the shapes declared in ``like``: graphsurgeon loses them where an intermediate entry has none."""
+    declared = {value.name: value.type.tensor_type for value in like.graph.output}
+    for value in model.graph.output:
+        known = declared.get(value.name)
+        if known is not None and known.HasField("shape") and not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.CopyFrom(known.shape)
 
 
 def name_nodes(graph: onnx.GraphProto) -> None:

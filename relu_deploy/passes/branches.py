@@ -6,15 +6,15 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from relu_deploy.passes.edit import Names, RefusedError, array_values, is_standard, pinned_names
+from relu_deploy.passes.edit import Names, RefusedError, array_values, is_standard, pinned_names, redirect
 from relu_deploy.report import PassReport, Skip
 
 
 def inline_branches(graph: gs.Graph) -> PassReport:
     """Take the nodes of the branch out of every ``If`` with a constant condition; the other branch goes.
 
-    Tensors of the branch are renamed after the ``If``, since branches of several may use the same names. Its results
-    are handed on by Identity nodes, which ``remove_identities`` takes away.
+    Tensors of the branch are renamed after the ``If``, since branches of several may use the same names. What it hands
+    on without having made it, an Identity hands on.
 
     Args:
         graph: Sorted topologically, conditions folded to constants. Edited in place.
@@ -56,10 +56,10 @@ class _Inliner:
         """Nodes that do what the taken branch does; the If and its other branch are cut off."""
         branch, other = (node.attrs[name] for name in ("then_branch", "else_branch")[:: 1 if taken else -1])
         sources = [self._source(tensor) for tensor in branch.outputs]
-        own = [tensor for tensor in _own_tensors(branch) if id(tensor) not in self._around]
-        if {tensor.name for tensor in own} & {name for inner in branch.subgraphs() for name in pinned_names(inner)}:
+        own = {id(t): t for t in _own_tensors(branch) if id(t) not in self._around}
+        if {t.name for t in own.values()} & {name for inner in branch.subgraphs() for name in pinned_names(inner)}:
             raise RefusedError("a graph inside the taken branch hands a tensor of the branch on by its name")
-        for tensor in own:
+        for tensor in own.values():
             _own_values(tensor)
             tensor.name = self._names.new(f"{node.name}/{tensor.name}")
             self._known[tensor.name] = tensor
@@ -68,12 +68,13 @@ class _Inliner:
         targets = list(node.outputs)
         node.inputs.clear()
         node.outputs.clear()
-        handed = [
-            gs.Node("Identity", f"{node.name}/{number}", inputs=[source], outputs=[target])
-            for number, (source, target) in enumerate(zip(sources, targets, strict=True))
-            if not target.is_empty()
-        ]
-        return [*branch.nodes, *handed]
+        identities = []
+        for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            if id(source) in own and source.inputs and sum(other is source for other in sources) == 1:
+                _take_over(source, target)
+            else:  # an initializer, a tensor of the graph around it, or one that is handed on twice
+                identities.append(gs.Node("Identity", f"{node.name}/{number}", inputs=[source], outputs=[target]))
+        return [*branch.nodes, *identities]
 
     def _source(self, output: gs.Tensor) -> gs.Tensor:
         """What makes an output of a branch: a node of it, its own initializer, or the graph around it by that name."""
@@ -82,6 +83,13 @@ class _Inliner:
         if output.name not in self._known:
             raise RefusedError(f"nothing makes the output {output.name} of the taken branch")
         return self._known[output.name]
+
+
+def _take_over(source: gs.Tensor, target: gs.Tensor) -> None:
+    """Let the node that makes ``source`` make ``target``, and readers of the one read the other."""
+    producer = source.inputs[0]
+    producer.outputs[next(i for i, tensor in enumerate(producer.outputs) if tensor is source)] = target
+    redirect(source, target)
 
 
 def _own_tensors(branch: gs.Graph) -> list[gs.Tensor]:

@@ -5,6 +5,7 @@ Each node is computed by ONNX Runtime itself, so the value is the one that a run
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from calib.errors import first_line
 from calib.runtime import RUNTIME_ERRORS
 from calib.session import open_session
 from relu_deploy.passes.dead import drop_detached
+from relu_deploy.passes.edit import array_values, detach, dims, is_standard, known_shape
 from relu_deploy.report import PassReport, Skip
 
 # A folded value may be as large as what it was computed from, or this many bytes: shape arithmetic, masks, small
@@ -39,9 +41,10 @@ def fold_constants(graph: gs.Graph) -> PassReport:
     changed: list[str] = []
     skipped: list[Skip] = []
     outputs = {id(tensor) for tensor in graph.outputs}
+    learned: set[int] = set()
     for node in graph.nodes:
         used = [tensor for tensor in node.outputs if not tensor.is_empty()]
-        if node.op in _NEVER or node.domain not in (None, "", "ai.onnx") or len(used) != 1 or id(used[0]) in outputs:
+        if node.op in _NEVER or not is_standard(node, node.op) or len(used) != 1 or id(used[0]) in outputs:
             continue
         try:
             value = _value_of(node, graph)
@@ -49,12 +52,33 @@ def fold_constants(graph: gs.Graph) -> PassReport:
             skipped.append(Skip(node.name, str(error)))
             continue
         if value is not None:
-            node.inputs.clear()
-            node.outputs.clear()
+            detach(node)
             used[0].to_constant(value)
             changed.append(node.name)
+            learned.add(id(used[0]))
+        elif any(id(tensor) in learned for tensor in node.inputs) and _learn(node, used[0], graph):
+            learned.add(id(used[0]))
     drop_detached(graph)
     return PassReport("fold_constants", tuple(changed), tuple(skipped))
+
+
+def _learn(node: gs.Node, output: gs.Variable, graph: gs.Graph) -> bool:
+    """Infer the shape of a live tensor anew, now that more of what it follows from is known; whether that told more."""
+    if known_shape(output) is not None or output.type != "tensor_type":
+        return False
+    try:
+        kind = _single_node_model(node, graph).graph.output[0].type.tensor_type
+    except (_CannotFoldError, onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return False
+    if not kind.elem_type or not kind.HasField("shape"):
+        return False
+    shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
+    before, now = dims(output) or (), tuple(size if isinstance(size, int) else None for size in shape)
+    if sum(size is not None for size in now) <= sum(size is not None for size in before):
+        return False
+    output.shape = shape
+    output.dtype = output.dtype or onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return True
 
 
 class _CannotFoldError(Exception):
@@ -120,21 +144,25 @@ def _compute(node: gs.Node, graph: gs.Graph) -> np.ndarray | None:
 
 
 def _single_node_model(node: gs.Node, graph: gs.Graph) -> onnx.ModelProto:
-    """The node alone, its inputs as initializers."""
-    initializers = []
+    """The node alone, its constants as initializers and what is live as inputs; its output's type inferred."""
+    initializers, live = [], []
     for tensor in {id(t): t for t in node.inputs if not t.is_empty()}.values():
-        values = np.asarray(tensor.values)
-        if values.dtype.kind not in "fiub":
-            raise _CannotFoldError(f"its input {tensor.name} is of a type that is not computed with here")
-        initializers.append(
-            onnx.numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), tensor.name)
-        )
-    holder = gs.Graph([node], opset=graph.opset, import_domains=graph.import_domains)
-    proto = next(n for n in gs.export_onnx(holder, do_type_check=False).graph.node if n.name == node.name)
+        if isinstance(tensor, gs.Constant):
+            initializers.append(_initializer(tensor))
+        else:
+            live.append(gs.exporters.onnx_exporter.OnnxExporter.export_value_info_proto(tensor, do_type_check=False))
+    proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
     name = next(t.name for t in node.outputs if not t.is_empty())
-    body = onnx.helper.make_graph([proto], "fold", [], [onnx.ValueInfoProto(name=name)], initializers)
+    body = onnx.helper.make_graph([proto], "fold", live, [onnx.ValueInfoProto(name=name)], initializers)
     model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)], ir_version=8)
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def _initializer(tensor: gs.Constant) -> onnx.TensorProto:
+    values = array_values(tensor)
+    if values is None or values.dtype.kind not in "fiub":
+        raise _CannotFoldError(f"its input {tensor.name} is of a type that is not computed with here")
+    return onnx.numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), tensor.name)
 
 
 def _result_bytes(model: onnx.ModelProto) -> int | None:
@@ -142,7 +170,7 @@ def _result_bytes(model: onnx.ModelProto) -> int | None:
     kind = model.graph.output[0].type.tensor_type
     if not kind.elem_type or not kind.HasField("shape") or not all(d.HasField("dim_value") for d in kind.shape.dim):
         return None
-    size = int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).itemsize)
-    for dimension in kind.shape.dim:
-        size *= dimension.dim_value
-    return size
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    if dtype.kind not in "fiub":
+        raise _CannotFoldError("its result is of a type that is not computed with here")
+    return math.prod((dtype.itemsize, *(dimension.dim_value for dimension in kind.shape.dim)))

@@ -26,5 +26,7 @@ def annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
         known = inferred.get(name)
         if not isinstance(tensor, gs.Variable) or not isinstance(known, gs.Variable):
             continue
+        if known.type != "tensor_type":  # a sequence; written with a shape it would be a tensor
+            continue
         tensor.dtype = known.dtype if tensor.dtype is None else tensor.dtype
         tensor.shape = known.shape if tensor.shape is None else tensor.shape
