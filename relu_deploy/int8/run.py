@@ -22,6 +22,7 @@ from relu_deploy.machine import describe_machine
 from relu_deploy.ops import is_pwlu
 from relu_deploy.passes.affine import fold_affine
 from relu_deploy.passes.constants import fold_constants
+from relu_deploy.passes.dyrelu_spell import spell_dyrelu
 from relu_deploy.passes.gemm import products_to_gemm
 from relu_deploy.passes.pwlu import Bound, fold_pwlu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
@@ -107,6 +108,7 @@ def quantize(
     fold_constants(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     aliases: dict[str, str] = {}
+    dynamic = spell_dyrelu(graph).notes if number.unsigned else {}
     if number.unsigned:
         aliases = products_to_gemm(graph, rows=True).aliases | spatial_mean_to_pool(graph)
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
@@ -132,6 +134,7 @@ def quantize(
         folded |= spell_pwlu(graph, number.target).notes  # those between floats
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
+    folded |= dynamic
     return quantized, _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings), folded)
 
 

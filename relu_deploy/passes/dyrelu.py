@@ -116,7 +116,17 @@ def _root(tensor: gs.Tensor) -> gs.Tensor:
 
 
 def _is_constant(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) or (len(tensor.inputs) == 1 and tensor.inputs[0].op == "Constant")
+    """Whether a tensor is known before the network runs: an initializer, quantised or not."""
+    while not isinstance(tensor, gs.Constant):
+        if len(tensor.inputs) != 1:
+            return False
+        (node,) = tensor.inputs
+        if node.op == "Constant":
+            return True
+        if node.op not in SAME or not node.inputs:
+            return False
+        tensor = node.inputs[0]
+    return True
 
 
 class _Reader:

@@ -116,6 +116,15 @@ INPUT = Lines((Line(plain=True),))
 ZERO = Line(flat=True)
 
 
+def weight_of(node: gs.Node) -> tuple[int, ...] | None:
+    """Shape of the constant weight of a linear layer, quantised or not; None for other nodes and live weights."""
+    tensor = node.inputs[1] if node.op in _LINEAR and len(node.inputs) > 1 else None
+    while tensor is not None and tensor.inputs and tensor.inputs[0].op in ("DequantizeLinear", "QuantizeLinear"):
+        tensor = tensor.inputs[0].inputs[0]
+    values = None if tensor is None else constant_values(tensor)
+    return None if values is None or values.ndim < 2 else values.shape
+
+
 def of_coefficients(node: gs.Node, values: list[Coefficient]) -> Coefficient:
     """What a node makes of coefficients."""
     joined = values[0]
@@ -124,10 +133,10 @@ def of_coefficients(node: gs.Node, values: list[Coefficient]) -> Coefficient:
     if node.op.startswith("Reduce"):
         axes = axes_of(node)
         return dataclasses.replace(joined, left=max(joined.left - len(axes or ()), 0)) if axes is not None else joined
-    weight = constant_values(node.inputs[1]) if node.op in _LINEAR and len(node.inputs) > 1 else None
-    if weight is not None and weight.ndim >= 2:
+    weight = weight_of(node)
+    if weight is not None:
         first = node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0))
-        return dataclasses.replace(joined, linear=True, width=int(weight.shape[0 if first else -1]))
+        return dataclasses.replace(joined, linear=True, width=int(weight[0 if first else -1]))
     return joined
 
 
@@ -147,13 +156,13 @@ def from_input(node: gs.Node) -> Coefficient | None:
         if not axes or 0 in axes or (rank is not None and -rank in axes):
             return None
         return Coefficient(pooled=True, left=max((rank or len(axes) + 2) - len(axes), 0))
-    weight = constant_values(node.inputs[1]) if node.op in _LINEAR and len(node.inputs) > 1 else None
-    if weight is None or weight.ndim < 2:
+    weight = weight_of(node)
+    if weight is None:
         return None
     if node.op != "Conv" and rank == 2:
         return of_coefficients(node, [Coefficient(pooled=True, left=2)])
     first = node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0))
-    return Coefficient(left=3, width=1) if weight.shape[0 if first else -1] == 1 else None
+    return Coefficient(left=3, width=1) if weight[0 if first else -1] == 1 else None
 
 
 def axes_of(node: gs.Node) -> list[int] | None:

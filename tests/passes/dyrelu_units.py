@@ -119,7 +119,7 @@ class ByCombination(nn.Module):
         self.hyper, self.combine = Hyper(4 * CHANNELS), combine
 
     def forward(self, x):
-        return self.combine(x, *(part[:, :, None, None] for part in self.hyper(x).chunk(4, 1)))
+        return self.combine(x, *(part[:, :, None, None] for part in self.hyper(x).split(CHANNELS, 1)))
 
 
 class Attended(nn.Module):
