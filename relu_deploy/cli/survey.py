@@ -147,8 +147,9 @@ def _what_if(replaced: PassReport | None, output: Path | None) -> list[Text]:
     """What --what-if did."""
     if replaced is None:
         return []
-    lines = [Text(f"stays in {output}: {skip.name}: {skip.reason}") for skip in replaced.skipped]
+    reasons = Counter(skip.reason for skip in replaced.skipped)
+    lines = [Text(f"{number} stay in {output}: {reason}") for reason, number in reasons.items()]
     if not replaced.changed:
-        return [*lines, Text(f"nothing smooth to replace: {output} is the network as it was")]
+        return [*lines, Text(f"nothing was replaced: {output} is the network as it was")]
     done = f"{output}: {len(replaced.changed)} activations are ReLU; not trained, for speed measurement only"
     return [*lines, Text(done, style="yellow")]

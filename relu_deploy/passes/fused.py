@@ -25,8 +25,6 @@ _OPERATORS = {
     "Gelu": Activation("gelu_erf", "GELU (erf)", exact=False),
     "BiasGelu": Activation("gelu_erf", "GELU (erf) after a bias", exact=False),
     "FastGelu": Activation("gelu_tanh", "GELU (tanh)", exact=False),
-    "QLinearSigmoid": Activation("sigmoid", "Sigmoid on integers", exact=False),
-    "QLinearLeakyRelu": Activation("leaky_relu", "LeakyReLU on integers", exact=False),
 }
 RECURRENT = "recurrent: its sigmoids and tanhs are inside the operator"
 _RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}

@@ -33,7 +33,7 @@ _FIRST_INPUT = frozenset({
 # What gathers many positions into few.
 POOLING = frozenset({
     "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "AveragePool", "ReduceMean", "ReduceMax", "ReduceSum",
-    "ReduceL2",
+    "ReduceL2", "QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearReduceMean",
 })  # fmt: skip
 _REDUCING = POOLING | {"ReduceMin", "ReduceL1", "ReduceSumSquare", "ReduceLogSumExp", "Softmax", "LogSoftmax", "CumSum"}
 # What a gate may pass on its way to the product.

@@ -210,8 +210,6 @@ class _Surveyor:
             except NoActivationError:
                 continue
             site = self._site(fused.label, source, result, (node,), why)
-            if node.op.startswith("QLinear"):
-                site = dataclasses.replace(site, becomes="nothing")
             yield dataclasses.replace(site, after=Layer(node.name, node.op)) if fused.in_layer else site
 
     def _fate(self, span: Span, kind: str) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class _CannotReplaceError(Exception):
 
 def _ends(site: Site, nodes: list[gs.Node]) -> tuple[gs.Tensor, gs.Tensor]:
     """What the Relu reads, behind the quantisers that the survey looked through, and what it makes."""
+    if any(node.op.startswith("QLinear") for node in nodes):
+        raise _CannotReplaceError("it computes on integers; a network with Q/DQ or floats can be replaced")
     if nodes[-1].op in LINEAR:
         raise _CannotReplaceError("it is fused into the layer")
     if nodes[-1].domain not in (None, "", "ai.onnx") and len(nodes[-1].inputs) > 1:

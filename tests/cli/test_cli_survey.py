@@ -83,7 +83,7 @@ def test_what_if_without_anything_smooth_says_so(residual_model, tmp_path):
     onnx.save(residual_model(), path)
     result = invoke(path, "--what-if", "relu", "-o", out)
     assert result.exit_code == 0
-    assert "nothing smooth to replace" in result.output
+    assert "nothing was replaced" in result.output
     assert "not trained" not in result.output
     assert out.exists()
 

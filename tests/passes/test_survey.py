@@ -123,6 +123,25 @@ BODIES = {
 }
 
 
+def test_integer_operators_are_what_they_approximate():
+    """SiLU and a squeeze-excite gate as ONNX Runtime's QOperator format has them."""
+    q = "#0.05, zero"
+    body = (
+        f"c = QLinearConv(x, {q}, w, {q}, {q}) s = com.microsoft.QLinearSigmoid(c, {q}, {q}) "
+        f"a = com.microsoft.QLinearMul(c, {q}, s, {q}, {q}) p = com.microsoft.QLinearGlobalAveragePool(a, {q}, {q}) "
+        f"e = QLinearConv(p, {q}, w, {q}, {q}) d = DequantizeLinear(e, {q}) h = HardSigmoid(d) "
+        f"g = QuantizeLinear(h, {q}) z = com.microsoft.QLinearMul(a, {q}, g, {q}, {q}) "
+        f"o = QLinearConv(z, {q}, w, {q}, {q}) l = com.microsoft.QLinearLeakyRelu <alpha = 0.25> (o, {q}, {q}) "
+        f"f = QLinearConv(l, {q}, w, {q}, {q}) y = DequantizeLinear(f, {q})"
+    )
+    model = network(body, inputs="int8[N,8,16,16] x", domain="com.microsoft")
+    for name, values in (("zero", np.array(0, np.int8)), ("w", np.ones((8, 8, 1, 1), np.int8))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    found = survey(model)
+    assert (found.counts, found.left_alone) == ({"leaky_relu": 1, "silu": 1}, {"hard_sigmoid": 1})
+    assert reasons(found) == {"hard_sigmoid": {places.roles.SQUEEZE_EXCITE}}
+
+
 def test_activations_inside_subgraphs_are_left_alone():
     found = survey(network_without_check(BODIES["If"]))
     assert found.counts == {}
