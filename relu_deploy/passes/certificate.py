@@ -7,6 +7,7 @@ Piecewise-linear channels are measured at their breakpoints, in fractions; smoot
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from relu_deploy.passes.bound import largest_magnitude, minus_relu
 from relu_deploy.passes.classify import classify_piecewise_linear
 from relu_deploy.passes.domain import Domain
-from relu_deploy.passes.floats import LEAST_DOMAIN, FloatType, float_behaviour
+from relu_deploy.passes.float_tables import table_behaviour
+from relu_deploy.passes.floats import LEAST_DOMAIN, FloatType
 from relu_deploy.passes.program import Program
 from relu_deploy.passes.pwl import RELU, PiecewiseLinear
 from relu_deploy.passes.tail import Line, tail
@@ -30,8 +32,9 @@ EXACT = "bit for bit"
 # is rounding of its output, and is stated apart from the bound.
 SLOPE_UNITS = 2.0
 # With a tolerance, a bound counts if it holds up to this magnitude at least (or LEAST_DOMAIN, in narrow types): the
-# cube inside a tanh GELU overflows float32 past 2**42, and no activation of a network gets there.
-LEAST_LIMIT = 2.0**32
+# cube inside a tanh GELU overflows float32 past 2**42, an index has no integer past 2**31, and no activation of a
+# network gets there.
+LEAST_LIMIT = 2.0**31
 # Beyond the first of these that leaves a remainder under _REMAINDER a region counts as its line.
 _STARTS, _REMAINDER = tuple(2.0**k for k in range(4, 21)), 2.0**-40
 
@@ -114,10 +117,8 @@ def above(value: float, digits: int = 3) -> str:
     """
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    text = f"{value:.{digits}g}"
-    return (
-        text if float(text) >= value else f"{value + 10.0 ** (math.floor(math.log10(value)) - digits + 1):.{digits}g}"
-    )
+    context = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING)
+    return f"{float(context.create_decimal(decimal.Decimal(value))):.{digits}g}"
 
 
 def certify_exact(program: Program, kind: FloatType, exact: Exact) -> Certificate | Refusal:
@@ -134,7 +135,7 @@ def certify_exact(program: Program, kind: FloatType, exact: Exact) -> Certificat
         if function is None or not function.is_relu(largest):
             what = "not piecewise linear" if function is None else classify_piecewise_linear(function).detail
             return Refusal(f"ReLU in some channels only; in another it is {what}")
-    behaviour = float_behaviour(program, kind)
+    behaviour = table_behaviour(program, kind)
     if behaviour.limit < LEAST_DOMAIN * kind.largest:
         return Refusal(
             f"ReLU in exact arithmetic, but in {kind.name} not finite or not accurate for "
@@ -168,7 +169,7 @@ def certify_within(
     if eps > tolerance:
         return Refusal(f"within {above(eps)} of ReLU for {where}, which is more than the tolerance {tolerance:g}", eps)
     ends = None if domain is None else domain.ends
-    behaviour = float_behaviour(program, kind, atoms=gap.piecewise_linear, domain=ends)
+    behaviour = table_behaviour(program, kind, atoms=gap.piecewise_linear, domain=ends)
     if behaviour.limit < (kind.largest if ends else min(LEAST_LIMIT, LEAST_DOMAIN * kind.largest)):
         return Refusal(
             f"within {above(eps)} of ReLU for {where} in exact arithmetic, but in {kind.name} not finite or not "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -70,11 +70,31 @@ class FloatBehaviour:
 
 @dataclasses.dataclass
 class Interval:
-    """Floats of one step: ``lo <= value <= hi``, ``|value - real value| <= err``. NaN means: may be NaN."""
+    """Floats of one step: ``lo <= value <= hi``, ``|value - real value| <= err``. NaN means: may be NaN.
+
+    Attributes:
+        lo: Smallest value, up to ``err``.
+        hi: Largest value, up to ``err``.
+        err: Largest rounding error.
+        sure: Whether ``lo`` and ``hi`` hold for floats and reals alike, with nothing to add.
+        whole: Whether all values are integers, floats and reals.
+    """
 
     lo: Array
     hi: Array
     err: Array
+    sure: bool = False
+    whole: bool = False
+
+    @property
+    def low(self) -> Array:
+        """No float and no real is below."""
+        return self.lo if self.sure else self.lo - self.err
+
+    @property
+    def high(self) -> Array:
+        """No float and no real is above."""
+        return self.hi if self.sure else self.hi + self.err
 
     @property
     def size(self) -> Array:
@@ -94,11 +114,9 @@ def float_behaviour(
             argument is off times its slope, and by eight units of its own.
         domain: Numbers outside it do not matter.
     """
-    low = np.ldexp(1.0, np.arange(kind.lowest, math.frexp(kind.largest)[1]))
+    low, lo, hi = dyadic_boxes(kind)
     with np.errstate(all="ignore"):
-        high = np.minimum(low * 2 * (1 - kind.unit / 2), kind.largest)
-        lo, hi = np.concatenate([[0.0], low, -high]), np.concatenate([[0.0], high, -low])
-        values = _run(program, Interval(lo, hi, np.zeros_like(lo)), kind, atoms=atoms)
+        values = run_intervals(program, Interval(lo, hi, np.zeros_like(lo)), kind, atoms=atoms)
         scale = np.maximum(np.minimum(np.abs(lo), np.abs(hi)), 1.0)
         bad = _bad(values[-1], scale, kind)
         relative = np.atleast_2d(values[-1].err / scale).max(axis=0)
@@ -116,11 +134,23 @@ def float_behaviour(
     return FloatBehaviour(float(low[first]), float(relative[good].max()), _culprit(program, values, box))
 
 
+def dyadic_boxes(kind: FloatType) -> tuple[Array, Array, Array]:
+    """Every finite number of a type: 0, ``[2**k, 2**(k + 1))``, and the same below 0.
+
+    Returns:
+        The powers of two, and the ends of the boxes: 0, then the positive ones by size, then the negative ones.
+    """
+    low = np.ldexp(1.0, np.arange(kind.lowest, math.frexp(kind.largest)[1]))
+    with np.errstate(over="ignore"):
+        high = np.minimum(low * 2 * (1 - kind.unit / 2), kind.largest)
+    return low, np.concatenate([[0.0], low, -high]), np.concatenate([[0.0], high, -low])
+
+
 def sample(program: Program, constants: npt.ArrayLike, points: Array) -> Array:
     """Value of one channel at some points, in float64; NaN where it cannot be told."""
     column = dataclasses.replace(program, constants=np.asarray(constants, dtype=np.float64).reshape(-1, 1))
     zero = np.zeros_like(points)
-    result = _run(column, Interval(points, points, zero), FLOAT_TYPES[TensorProto.DOUBLE])[-1]
+    result = run_intervals(column, Interval(points, points, zero), FLOAT_TYPES[TensorProto.DOUBLE])[-1]
     with np.errstate(all="ignore"):
         middle: Array = (result.lo + result.hi) / 2
     return np.broadcast_to(middle.reshape(-1, middle.shape[-1])[0], points.shape)
@@ -141,12 +171,34 @@ def _culprit(program: Program, values: list[Interval], box: int) -> str:
     return program.origin[-1]
 
 
-def _run(program: Program, x: Interval, kind: FloatType, *, atoms: bool = True) -> list[Interval]:
+def run_intervals(
+    program: Program,
+    x: Interval,
+    kind: FloatType,
+    *,
+    atoms: bool = True,
+    fixed: Mapping[int, Interval] | None = None,
+) -> list[Interval]:
+    """Every step on every box.
+
+    Args:
+        program: The region.
+        x: Its input on each box, ``(boxes,)``, or ``(channels, boxes)`` with the channels of ``program.channels()``.
+        kind: Float type of the arithmetic.
+        atoms: As in :func:`float_behaviour`.
+        fixed: Steps that are known to be something.
+
+    Returns:
+        One interval a step, of a shape that goes with ``(channels, boxes)``.
+    """
     channels = program.channels()
     values: list[Interval] = []
+    known = {} if fixed is None else fixed
     with np.errstate(all="ignore"):
-        for step in program.steps:
-            value = x if step.op == "x" else _apply(step, [values[i] for i in step.args], channels, kind, atoms)
+        for number, step in enumerate(program.steps):
+            value = known.get(number) or (
+                x if step.op == "x" else _apply(step, [values[i] for i in step.args], channels, kind, atoms)
+            )
             values.append(_overflow(value, kind))
     return values
 
@@ -154,13 +206,13 @@ def _run(program: Program, x: Interval, kind: FloatType, *, atoms: bool = True) 
 def _apply(step: Step, args: list[Interval], channels: Array, kind: FloatType, atoms: bool) -> Interval:
     if step.op == "const":
         row = channels[int(step.param)][:, None]
-        return Interval(row, row, np.zeros_like(row))
+        return Interval(row, row, np.zeros_like(row), sure=True, whole=bool((np.rint(row) == row).all()))
     if step.op == "fn":
         name = str(step.param)
         if name in INTEGER:
             return _integer_fn(name, args[0])
         value = _fn(name, args[0], kind)
-        return value if atoms else Interval(value.lo, value.hi, _fn_error(name, args[0], value, kind))
+        return value if atoms else Interval(value.lo, value.hi, _fn_error(name, args[0], value, kind), sure=True)
     if step.op == "lookup" and isinstance(step.param, bytes):
         return _lookup(np.frombuffer(step.param), args[0])
     if step.op in ("random", "bernoulli"):
@@ -183,7 +235,7 @@ def _overflow(value: Interval, kind: FloatType) -> Interval:
     given = np.isinf(value.lo) & (value.lo == value.hi) & (value.err == 0)
     lo = np.where(value.lo < -edge, -np.inf, value.lo)
     hi = np.where(value.hi > edge, np.inf, value.hi)
-    return Interval(lo, hi, np.where(crosses & ~given, np.inf, value.err))
+    return dataclasses.replace(value, lo=lo, hi=hi, err=np.where(crosses & ~given, np.inf, value.err))
 
 
 def _rounded(size: Array, kind: FloatType, exact: npt.NDArray[np.bool_]) -> Array:
@@ -196,7 +248,16 @@ def _is(value: Interval, *numbers: float) -> npt.NDArray[np.bool_]:
     return same
 
 
+def _whole(low: Array, high: Array, err: Array, kind: FloatType) -> Interval:
+    """Of integers alone: exact up to where a type has them all, as indices are, whether they are floats or not."""
+    size = np.maximum(np.abs(low), np.abs(high))
+    off = np.where(size <= 1 / kind.unit, 0.0, kind.unit * size)
+    return Interval(low - off, high + off, err + off, sure=True, whole=True)
+
+
 def _add(a: Interval, b: Interval, kind: FloatType) -> Interval:
+    if a.whole and b.whole:
+        return _whole(a.low + b.low, a.high + b.high, a.err + b.err, kind)
     lo, hi = a.lo + b.lo, a.hi + b.hi
     exact = _is(a, 0.0) | _is(b, 0.0)
     size = np.maximum(np.abs(lo), np.abs(hi)) + a.err + b.err
@@ -209,6 +270,8 @@ def _mul(a: Interval, b: Interval, kind: FloatType) -> Interval:
     # Where a factor is exactly 0 or the other has no error, no error comes over; elsewhere 0 * inf is NaN, rightly.
     err = _times(a.size, b.err) + _times(b.size, a.err) + _times(a.err, b.err)
     lo, hi = corners.min(axis=0), corners.max(axis=0)
+    if a.whole and b.whole and a.sure and b.sure:
+        return _whole(lo, hi, err, kind)
     return Interval(lo, hi, err + _rounded(np.maximum(np.abs(lo), np.abs(hi)) + err, kind, exact))
 
 
@@ -228,28 +291,31 @@ def _div(a: Interval, b: Interval, kind: FloatType) -> Interval:
 
 
 def _max(a: Interval, b: Interval) -> Interval:
-    err = np.where(a.lo - a.err >= b.hi + b.err, a.err, np.maximum(a.err, b.err))
-    err = np.where(b.lo - b.err >= a.hi + a.err, b.err, err)
-    return Interval(np.maximum(a.lo, b.lo), np.maximum(a.hi, b.hi), err)
+    err = np.where(a.low >= b.high, a.err, np.maximum(a.err, b.err))
+    err = np.where(b.low >= a.high, b.err, err)
+    return Interval(np.maximum(a.low, b.low), np.maximum(a.high, b.high), err, sure=True, whole=a.whole and b.whole)
 
 
 def _min(a: Interval, b: Interval) -> Interval:
-    flipped = _max(Interval(-a.hi, -a.lo, a.err), Interval(-b.hi, -b.lo, b.err))
-    return Interval(-flipped.hi, -flipped.lo, flipped.err)
+    flipped = _max(_negative(a), _negative(b))
+    return _negative(flipped)
+
+
+def _negative(a: Interval) -> Interval:
+    return dataclasses.replace(a, lo=-a.hi, hi=-a.lo)
 
 
 def _truth(yes: npt.NDArray[np.bool_], no: npt.NDArray[np.bool_], err: Array) -> Interval:
     """A comparison: decided, or open; open with inexact sides, the floats may even decide otherwise than the reals."""
     lo, hi = np.where(yes, 1.0, 0.0), np.where(no, 0.0, 1.0)
-    return Interval(lo, hi, np.where(yes | no | (err == 0), 0.0, 1.0))
+    return Interval(lo, hi, np.where(yes | no | (err == 0), 0.0, 1.0), sure=True, whole=True)
 
 
 def _compare(
     sure: Callable[[Array], npt.NDArray[np.bool_]], never: Callable[[Array], npt.NDArray[np.bool_]]
 ) -> Callable[[Interval, Interval], Interval]:
     def rule(a: Interval, b: Interval) -> Interval:
-        err = a.err + b.err
-        return _truth(sure(a.lo - b.hi - err), never(a.hi - b.lo + err), err)
+        return _truth(sure(a.low - b.high), never(a.high - b.low), a.err + b.err)
 
     return rule
 
@@ -257,32 +323,32 @@ def _compare(
 def _equal(a: Interval, b: Interval) -> Interval:
     err = a.err + b.err
     yes = (a.lo == a.hi) & (b.lo == b.hi) & (a.lo == b.lo) & (err == 0)
-    return _truth(yes, (a.lo - err > b.hi) | (b.lo - err > a.hi), err)
+    return _truth(yes, (a.low > b.high) | (b.low > a.high), err)
 
 
 def _select(condition: Interval, yes: Interval, no: Interval) -> Interval:
     """The branch that is not taken may be NaN or infinite: it is never looked at."""
-    lo, hi = np.minimum(yes.lo, no.lo), np.maximum(yes.hi, no.hi)
+    lo, hi = np.minimum(yes.low, no.low), np.maximum(yes.high, no.high)
     err = np.maximum(yes.err, no.err) + np.where(condition.err == 0, 0.0, hi - lo)
     taken, refused = _is(condition, 1.0), _is(condition, 0.0)
-    return Interval(*(
+    low, high, off = (
         np.where(taken, y, np.where(refused, n, both))
-        for y, n, both in ((yes.lo, no.lo, lo), (yes.hi, no.hi, hi), (yes.err, no.err, err))
-    ))  # fmt: skip
+        for y, n, both in ((yes.low, no.low, lo), (yes.high, no.high, hi), (yes.err, no.err, err))
+    )
+    return Interval(low, high, off, sure=True, whole=yes.whole and no.whole)
 
 
 def _integer_fn(name: str, a: Interval) -> Interval:
     """A rounding to integers: without error where the argument has none, or stays between two steps."""
-    function = RISING[name]
-    lo, hi = function(a.lo), function(a.hi)
-    low, high = function(a.lo - a.err), function(a.hi + a.err)
-    return Interval(lo, hi, np.where((a.err == 0) | (low == high), 0.0, np.maximum(high - low, 1.0)))
+    low, high = RISING[name](a.low), RISING[name](a.high)
+    err = np.where((a.err == 0) | (low == high), 0.0, np.floor(a.err) + 1)
+    return Interval(low, high, err, sure=True, whole=True)
 
 
 def _lookup(table: Array, index: Interval) -> Interval:
     """The range of the entries that an index can mean; an index that is off by rounding may mean any of them."""
-    lo, hi = Stretches(table).of_index(np.rint(index.lo - index.err), np.rint(index.hi + index.err))
-    return Interval(lo, hi, np.where(index.err == 0, 0.0, hi - lo))
+    lo, hi = Stretches(table).of_index(np.rint(index.low), np.rint(index.high))
+    return Interval(lo, hi, np.where(index.err == 0, 0.0, hi - lo), sure=True)
 
 
 def _random(op: str, args: list[Interval], kind: FloatType) -> Interval:
@@ -299,7 +365,7 @@ def _random(op: str, args: list[Interval], kind: FloatType) -> Interval:
 
 def _fn_error(name: str, a: Interval, value: Interval, kind: FloatType) -> Array:
     """How far a runtime's function is off: what its argument is off times its slope, and eight units of its own."""
-    low, high = a.lo - a.err, a.hi + a.err
+    low, high = a.low, a.high
     if name in ("float16", "bfloat16"):
         unit, steepest = (2.0**-11 if name == "float16" else 2.0**-8), np.ones(np.broadcast(low, high).shape)
     else:
@@ -310,11 +376,14 @@ def _fn_error(name: str, a: Interval, value: Interval, kind: FloatType) -> Array
 
 def _fn(name: str, a: Interval, kind: FloatType) -> Interval:
     """Range of a smooth function over the floats that can reach it, and a few units for the runtime's accuracy."""
-    low, high = a.lo - a.err, a.hi + a.err
-    if name in ("sin", "cos", "cosh"):
-        wave = name != "cosh"
-        top = np.where(np.isfinite(low) & np.isfinite(high), 1.0, np.nan) if wave else np.cosh(np.maximum(-low, high))
-        return Interval(-top if wave else np.ones_like(top), top, np.zeros_like(top))
+    low, high = a.low, a.high
+    if name in ("sin", "cos"):
+        middle, reach = (low + high) / 2, (high - low) / 2 + 8 * kind.unit  # neither is steeper than 1
+        value = np.sin(middle) if name == "sin" else np.cos(middle)
+        return Interval(np.maximum(value - reach, -1.0), np.minimum(value + reach, 1.0), np.zeros_like(value))
+    if name == "cosh":
+        top = np.cosh(np.maximum(-low, high))
+        return Interval(np.ones_like(top), top, np.zeros_like(top))
     function = RISING[name]
     lo, hi = function(low), function(high)
     if kind.unit > 2.0**-50:

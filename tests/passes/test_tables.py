@@ -231,6 +231,48 @@ def test_every_form_is_the_function_that_it_spells(form, last, channels):
         np.testing.assert_allclose(values.reshape(-1), mine, rtol=1e-5, atol=1e-5)
 
 
+def relu_unit(left: np.ndarray, width: np.ndarray, intervals: int) -> dict[str, np.ndarray]:
+    """A PWLU that is ReLU: as it starts, or as realignment leaves it."""
+    points = left[:, None] + width[:, None] * np.arange(intervals + 1) / intervals
+    zero = np.zeros_like(left)
+    return {
+        "left": left,
+        "right": left + width,
+        "values": np.maximum(points, 0),
+        "slope_left": zero,
+        "slope_right": zero + 1,
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_unit_that_is_relu_collapses_and_rounding_near_its_points_is_bounded(form):
+    """Near a point rounding may name the wrong segment; both lines meet there, and interval arithmetic has to see it."""
+    p = relu_unit(np.array([-3.0, -1.5, -2.25]), np.array([6.0, 3.0, 4.5]), 4)
+    model = graph_of(*spelled(form, p, (3, 1, 1)), "N,3,5,5")
+    domain = (-1e6, 1e6) if "Min and Max" in form else None  # a float past 2**31 has no integer
+    after, report = rewrite(model, collapse_tolerance=None if domain is None else 0.0, domain=domain)
+    assert [node.op_type for node in after.graph.node] == ["Relu"], report
+    (note,) = next(e for e in report.passes if e.name == "collapse_relu").notes.values()
+    rounding = float(note.split("at most ")[1].split()[0]) if "at most" in note else 0.0
+    points = (p["left"][:, None] + (p["right"] - p["left"])[:, None] * np.arange(5) / 4).astype(np.float32)
+    near = np.concatenate([points * (1 + np.float32(k * 2.0**-23)) for k in range(-12, 13)], axis=1)
+    x = np.moveaxis(near.reshape(3, -1, 5, 5), 0, 1).astype(np.float32)
+    gap = np.abs(run(model, x) - np.maximum(x, 0)) / np.maximum(np.abs(x), 1)
+    assert gap.max() <= rounding
+
+
+def test_a_unit_whose_lines_do_not_meet_is_not_called_accurate():
+    """As above, with a table that jumps by a hundredth: ReLU but for a step that no bound of rounding may hide."""
+    p = relu_unit(np.array([-3.0]), np.array([6.0]), 4)
+    body, constants = spelled("gather, clipped as float", p, (1, 1, 1))
+    constants["z"] = constants["z"] + np.array([0, 0, 0, 0, 0, 0.01])
+    model = graph_of(body, constants, "N,3,5,5")
+    assert "Gather" in [node.op_type for node in rewrite(model)[0].graph.node]
+    after, report = rewrite(model, collapse_tolerance=0.02)
+    assert "Gather" in [node.op_type for node in after.graph.node]
+    assert any("not accurate" in skip.reason for entry in report.passes for skip in entry.skipped)
+
+
 def test_gather_elements_reads_one_row_a_channel_and_counts_negative_indices_from_its_end():
     table = np.arange(12, dtype=np.float32).reshape(3, 4) ** 2
     body = "f = Floor(x) h = Clip(f, lo, hi) i = Cast <to = 7> (h) t = GatherElements <axis = 1> (k, i) y = Add(t, x)"
