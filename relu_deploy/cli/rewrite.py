@@ -246,7 +246,7 @@ def _verdict(report: RewriteReport) -> Text:
     if not check.samples:
         return Text(f"outputs could not be compared with the original's: {check.note}", style="yellow")
     worst = max((output.error for output in check.outputs), default=0.0)
-    how = "equal bit for bit" if report.exact else f"largest relative error {worst:.2g}"
+    how = "equal bit for bit" if report.exact and not worst else f"largest relative error {worst:.2g}"
     return Text(
         f"outputs compared on {check.samples} random inputs in ONNX Runtime: {how}. {check.note}".rstrip(),
         style="green",

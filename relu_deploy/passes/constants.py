@@ -43,11 +43,11 @@ def fold_constants(graph: gs.Graph) -> PassReport:
     outputs = {id(tensor) for tensor in graph.outputs}
     learned: set[int] = set()
     for node in graph.nodes:
-        used = [tensor for tensor in node.outputs if not tensor.is_empty()]
-        if node.op in _NEVER or not is_standard(node, node.op) or len(used) != 1 or id(used[0]) in outputs:
+        if node.op in _NEVER or not is_standard(node, node.op):
             continue
+        used = [tensor for tensor in node.outputs if not tensor.is_empty()]
         try:
-            value = _value_of(node, graph)
+            value = _value_of(node, graph) if len(used) == 1 and id(used[0]) not in outputs else None
         except _CannotFoldError as error:
             skipped.append(Skip(node.name, str(error)))
             continue
@@ -56,28 +56,33 @@ def fold_constants(graph: gs.Graph) -> PassReport:
             used[0].to_constant(value)
             changed.append(node.name)
             learned.add(id(used[0]))
-        elif any(id(tensor) in learned for tensor in node.inputs) and _learn(node, used[0], graph):
-            learned.add(id(used[0]))
+        elif any(id(tensor) in learned for tensor in node.inputs):
+            learned.update(_learn(node, graph))
     drop_detached(graph)
     return PassReport("fold_constants", tuple(changed), tuple(skipped))
 
 
-def _learn(node: gs.Node, output: gs.Variable, graph: gs.Graph) -> bool:
-    """Infer the shape of a live tensor anew, now that more of what it follows from is known; whether that told more."""
-    if known_shape(output) is not None or output.type != "tensor_type":
-        return False
+def _learn(node: gs.Node, graph: gs.Graph) -> list[int]:
+    """Infer shapes of live tensors anew, now that more of what they follow from is known; those that this told more."""
+    if all(known_shape(tensor) is not None for tensor in node.outputs if not tensor.is_empty()):
+        return []
     try:
-        kind = _single_node_model(node, graph).graph.output[0].type.tensor_type
+        inferred = {value.name: value.type.tensor_type for value in _single_node_model(node, graph).graph.output}
     except (_CannotFoldError, onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        return False
-    if not kind.elem_type or not kind.HasField("shape"):
+        return []
+    return [id(tensor) for tensor in node.outputs if not tensor.is_empty() and _refine(tensor, inferred[tensor.name])]
+
+
+def _refine(tensor: gs.Variable, kind: onnx.TypeProto.Tensor) -> bool:
+    """Write what was inferred into a tensor, if it says more than is known."""
+    if tensor.type != "tensor_type" or not kind.elem_type or not kind.HasField("shape"):
         return False
     shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
-    before, now = dims(output) or (), tuple(size if isinstance(size, int) else None for size in shape)
-    if sum(size is not None for size in now) <= sum(size is not None for size in before):
+    known = sum(size is not None for size in dims(tensor) or ())
+    if sum(isinstance(size, int) for size in shape) <= known:
         return False
-    output.shape = shape
-    output.dtype = output.dtype or onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    tensor.shape = shape
+    tensor.dtype = tensor.dtype or onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
     return True
 
 
@@ -144,7 +149,7 @@ def _compute(node: gs.Node, graph: gs.Graph) -> np.ndarray | None:
 
 
 def _single_node_model(node: gs.Node, graph: gs.Graph) -> onnx.ModelProto:
-    """The node alone, its constants as initializers and what is live as inputs; its output's type inferred."""
+    """The node alone, its constants as initializers and what is live as inputs; types of its outputs inferred."""
     initializers, live = [], []
     for tensor in {id(t): t for t in node.inputs if not t.is_empty()}.values():
         if isinstance(tensor, gs.Constant):
@@ -152,8 +157,8 @@ def _single_node_model(node: gs.Node, graph: gs.Graph) -> onnx.ModelProto:
         else:
             live.append(gs.exporters.onnx_exporter.OnnxExporter.export_value_info_proto(tensor, do_type_check=False))
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
-    name = next(t.name for t in node.outputs if not t.is_empty())
-    body = onnx.helper.make_graph([proto], "fold", live, [onnx.ValueInfoProto(name=name)], initializers)
+    results = [onnx.ValueInfoProto(name=tensor.name) for tensor in node.outputs if not tensor.is_empty()]
+    body = onnx.helper.make_graph([proto], "fold", live, results, initializers)
     model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)], ir_version=8)
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
