@@ -332,14 +332,24 @@ class _Reader:
         nodes = [found[place] for place in sorted(found)]
         return nodes, [made for node in nodes for made in node.outputs if made is not tensor]
 
+    def _body(self, tensor: gs.Tensor) -> set[int]:
+        """``id`` of the nodes from x to a tensor by way of lines alone."""
+        found: set[int] = set()
+        stack = [tensor]
+        while stack:
+            (node,) = stack.pop().inputs
+            if id(node) not in found:
+                found.add(id(node))
+                stack.extend(t for t in node.inputs if t is not self.root and isinstance(self.values.get(id(t)), Lines))
+        return found
+
     def _site(self, tensor: gs.Tensor) -> DyReluSite:
         value = self.values[id(tensor)]
         assert isinstance(value, Lines)  # noqa: S101 - only units come here
         nodes, _ = self._ancestors(tensor)
         own = {id(node) for node in nodes}
         entries = tuple(entry for entry in self.entries.values() if id(entry[0]) in own)
-        hyper = [node for node in nodes if isinstance(self.values.get(id(node.outputs[0])), Coefficient)]
-        inside = {id(node) for node in hyper}
+        body = self._body(tensor)
         return DyReluSite(
             str(tensor.inputs[0].name),
             tensor,
@@ -350,8 +360,8 @@ class _Reader:
             tuple(line.offset for line in value.lines),
             value.attention,
             entries,
-            tuple(hyper),
-            tuple(node for node in nodes if id(node) not in inside),
+            tuple(node for node in nodes if id(node) not in body),
+            tuple(node for node in nodes if id(node) in body),
         )
 
     def _variant(self, value: Lines, entries: tuple[tuple[gs.Node, gs.Tensor], ...]) -> str:
