@@ -61,13 +61,19 @@ def fold_affine(graph: gs.Graph) -> PassReport:
 
 
 def _live(node: gs.Node) -> int | None:
-    """Position of the one live input beside a constant; None also for the bias of a MatMul, which is in its place."""
-    constants = [float_values(tensor) is not None for tensor in node.inputs]
-    if constants not in ([False, True], [True, False]):
+    """Position of the one live input beside a constant; None also for what belongs where it is."""
+    stored = [float_values(tensor) for tensor in node.inputs]
+    constants = [values for values in stored if values is not None]
+    if len(stored) != 2 or len(constants) != 1 or _starts_activation(node, constants[0]):
         return None
-    position = constants.index(False)
+    position = 0 if stored[0] is None else 1
     product = producer_of(node.inputs[position])
     return None if product is not None and bias_behind(product, set()) is node else position
+
+
+def _starts_activation(node: gs.Node, values: np.ndarray) -> bool:
+    """Whether a node is the scalar that the function behind it starts with."""
+    return values.size == 1 and any(is_standard(reader, *_CURVED) for reader in node.outputs[0].outputs)
 
 
 def _is_behind_layer(node: gs.Node, position: int) -> bool:
@@ -79,8 +85,6 @@ def _affine(node: gs.Node, position: int, layer: Layer) -> Affine:
     """The node as factor and offset of the layer's channels, float64."""
     stored = float_values(node.inputs[1 - position])
     assert stored is not None  # noqa: S101 - _live has looked
-    if stored.size == 1 and any(is_standard(reader, *_CURVED) for reader in node.outputs[0].outputs):
-        raise RefusedError("it is the first step of the activation behind it")
     values = _per_channel(stored.astype(np.float64), layer)
     one, none = np.ones_like(values), np.zeros_like(values)
     if node.op == "Add":

@@ -9,6 +9,26 @@ import onnx_graphsurgeon as gs
 
 from relu_deploy.passes.region import constant_values
 
+# Axes that an operator's result has at least; and operators whose result has no fewer than their first input.
+_AT_LEAST = {
+    "Conv": 3, "ConvTranspose": 3, "MaxPool": 3, "AveragePool": 3, "GlobalAveragePool": 3, "BatchNormalization": 2,
+    "Gemm": 2, "Flatten": 2,
+}  # fmt: skip
+_KEEP_RANK = (
+    "Relu",
+    "Sigmoid",
+    "HardSigmoid",
+    "HardSwish",
+    "Tanh",
+    "Clip",
+    "Identity",
+    "Cast",
+    "Add",
+    "Mul",
+    "Transpose",
+)
+_FAR = 8
+
 
 class RefusedError(Exception):
     """Why a pass leaves a node alone, in words for its report."""
@@ -74,6 +94,20 @@ def dims(tensor: gs.Tensor) -> tuple[int | None, ...] | None:
     if shape is None or (isinstance(tensor, gs.Variable) and not shape and tensor.dtype is None):
         return None  # graphsurgeon writes an unknown shape of an untyped tensor as ()
     return tuple(int(size) if isinstance(size, (int, np.integer)) and size >= 0 else None for size in shape)
+
+
+def least_rank(tensor: gs.Tensor) -> int:
+    """How many axes a tensor has at least, where its shape is not known: what its producers say."""
+    for _ in range(_FAR):
+        shape, node = dims(tensor), producer_of(tensor)
+        if shape is not None:
+            return len(shape)
+        if node is None or not is_standard(node, *_AT_LEAST, *_KEEP_RANK):
+            return 0
+        if node.op in _AT_LEAST:
+            return _AT_LEAST[node.op]
+        tensor = node.inputs[0]
+    return 0
 
 
 def redirect(old: gs.Tensor, new: gs.Tensor) -> None:

@@ -13,7 +13,16 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from relu_deploy.passes.edit import array_values, dims, given, int_values, is_standard, known_shape, producer_of
+from relu_deploy.passes.edit import (
+    array_values,
+    dims,
+    given,
+    int_values,
+    is_standard,
+    known_shape,
+    least_rank,
+    producer_of,
+)
 from relu_deploy.passes.region import onnx_type
 
 Rule = Callable[[gs.Node], "gs.Tensor | None"]
@@ -249,7 +258,9 @@ def _constant_side(node: gs.Node) -> tuple[int, np.ndarray | None]:
         values, shape = array_values(node.inputs[position]), dims(node.inputs[1 - position])
         if values is None or values.dtype.kind not in "fiu" or not values.size:
             continue
-        if values.ndim == 0 or (shape is not None and fits_into(values.shape, shape)):
+        if shape is not None and not fits_into(values.shape, shape):
+            continue
+        if shape is not None or (values.size == 1 and values.ndim <= least_rank(node.inputs[1 - position])):
             return position, values
     return 0, None
 

@@ -199,6 +199,22 @@ def test_the_mask_of_a_dropout_that_is_an_output_stays(parse, prove):
     assert prove(model, remove_identities, within=0)[1].changed == ()
 
 
+@pytest.mark.parametrize(("before", "goes"), [("Conv(r, w)", True), ("Identity(r)", False)])
+def test_a_one_of_one_axis_where_the_shape_is_not_known(parse, ops, before, goes):
+    """It goes where what it scales has an axis at least; a scalar would get one from it."""
+    weight = {"w": np.ones((1, 1, 1, 1), np.float32)} if goes else {}
+    model = parse(
+        f"(float[1, 1, 2, 2] x, int64[K] s) => (float[A, B, C, D] y) {{ r = Reshape(x, s) k = {before} y = Mul(k, one) z = Neg(y) }}",
+        one=f32(1),
+        **weight,
+    )
+    graph = import_graph(model)
+    for tensor in graph.tensors().values():
+        if tensor.name in ("r", "k"):
+            assert tensor.shape is None
+    assert bool(set(remove_identities(graph).changed) & {"Mul_2"}) == goes
+
+
 PLUS_ZERO = "(float[4] x) => (float[4] y) {{ t = Tanh(x) a = Add(t, zero) {} }}"
 
 
