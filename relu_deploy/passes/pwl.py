@@ -249,10 +249,9 @@ class PiecewiseLinear:
         on_points: Callable[[Fraction, Fraction], Fraction],
     ) -> PiecewiseLinear:
         """Apply an operation piece by piece on the common refinement."""
-        breaks, mine, my_points = self._refined(other.breaks)
-        _, theirs, their_points = other._refined(self.breaks)
+        breaks, mine, theirs, points = _merged(self, other)
         lines = [on_lines(f, g) for f, g in zip(mine, theirs, strict=True)]
-        return _canonical(breaks, [on_points(a, b) for a, b in zip(my_points, their_points, strict=True)], lines)
+        return _canonical(breaks, [on_points(a, b) for a, b in points], lines)
 
     def _refined(self, extra: Iterable[Fraction]) -> tuple[list[Fraction], list[Line], list[Fraction]]:
         """The same function cut at more places: breaks, lines, points."""
@@ -270,6 +269,30 @@ class PiecewiseLinear:
         return _canonical(
             breaks, [ONE if test(p) else ZERO for p in points], [(ZERO, ONE if test(v) else ZERO) for v in values]
         )
+
+
+def _merged(
+    f: PiecewiseLinear, g: PiecewiseLinear
+) -> tuple[list[Fraction], list[Line], list[Line], list[tuple[Fraction, Fraction]]]:
+    """Two functions cut at the breakpoints of both: breaks, lines of each, and their values at the breaks."""
+    breaks: list[Fraction] = []
+    points: list[tuple[Fraction, Fraction]] = []
+    mine, theirs = [f.lines[0]], [g.lines[0]]
+    i = j = 0
+    while i < len(f.breaks) or j < len(g.breaks):
+        x = f.breaks[i] if j == len(g.breaks) or (i < len(f.breaks) and f.breaks[i] <= g.breaks[j]) else g.breaks[j]
+        here = i < len(f.breaks) and f.breaks[i] == x, j < len(g.breaks) and g.breaks[j] == x
+        points.append((
+            f.points[i] if here[0] else f.lines[i][0] * x + f.lines[i][1],
+            g.points[j] if here[1] else g.lines[j][0] * x + g.lines[j][1],
+        ))  # fmt: skip
+        i, j = i + here[0], j + here[1]
+        breaks.append(x)
+        mine.append(f.lines[i])
+        theirs.append(g.lines[j])
+    if len(breaks) > MAX_BREAKS:
+        raise NotPiecewiseLinearError(f"more than {MAX_BREAKS} breakpoints")
+    return breaks, mine, theirs, points
 
 
 def _inside(breaks: list[Fraction], index: int) -> Fraction:
