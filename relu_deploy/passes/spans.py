@@ -12,7 +12,7 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from relu_deploy.passes.classify import Activation
-from relu_deploy.passes.functions import Functions
+from relu_deploy.passes.functions import Functions, Segment
 from relu_deploy.passes.lower import UnsupportedError
 from relu_deploy.passes.program import Program
 from relu_deploy.passes.region import Cut, nodes_between, program_between
@@ -25,6 +25,7 @@ _STRAIGHT = ("identity", "affine", "constant")
 _PRICES = {"blend": 1.5, "piecewise_linear": 3.0, "pwlu": 3.0, "aptx": 2.0, "mixed": 4.0, "unknown": 6.0}
 _SCALED = 2.0
 _CUT = 0.01
+_LINE = Activation("affine", "affine", exact=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,8 +118,11 @@ def _span(functions: Functions, cuts: list[Cut]) -> Span | None:
     if len(segments) == 1:
         if program is None:
             return Span(top, bottom, Activation("unknown", segments[0].refusal, exact=False), None)
-        return Span(top, bottom, functions.label(program, top.tensor), program)
+        straight = _is_straight(program)
+        return Span(top, bottom, _LINE if straight else functions.label(program, top.tensor), program)
     if all(segment.is_affine for segment in segments) or any(segment.program is None for segment in segments):
+        return None
+    if _is_of_channels(segments[0]) or _is_of_channels(segments[-1]):
         return None
     try:
         program = program_between(top, bottom, same_shape=False)
@@ -128,6 +132,26 @@ def _span(functions: Functions, cuts: list[Cut]) -> Span | None:
     if label.kind != "unknown" and program.constants.shape[1] > 1:  # all channels are worth a look if one is known
         label = functions.label(program, top.tensor)
     return Span(top, bottom, label, program)
+
+
+def _is_straight(program: Program) -> bool:
+    """Whether a program is a straight line by its steps alone, in every channel."""
+    live = [False] * len(program.steps)
+    for number, step in enumerate(program.steps):
+        live[number] = step.op == "x" or any(live[arg] for arg in step.args)
+        allowed = step.op in ("x", "const", "add") or (
+            (step.op == "mul" and not all(live[arg] for arg in step.args))
+            or (step.op == "div" and not live[step.args[1]])
+        )
+        if not allowed:
+            return False
+    return True
+
+
+def _is_of_channels(segment: Segment) -> bool:
+    """Whether a segment is a bias or a scale for each channel: BatchNorm, and no part of an activation."""
+    program = segment.program
+    return program is not None and program.constants.shape[1] > 1 and _is_straight(program)
 
 
 def _price(kind: str, cuts: int) -> float:
