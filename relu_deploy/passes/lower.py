@@ -204,9 +204,18 @@ def _and(call: Call) -> int:
 
 
 def _cast(call: Call) -> int:
-    source, to = call.types[0], call.attrs.get("to", 0)
-    target = to if isinstance(to, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(to))
-    build, x = call.build, call.arg()
+    to = call.attrs.get("to", 0)
+    return _cast_to(call, to if isinstance(to, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(to)))
+
+
+def _cast_like(call: Call) -> int:
+    if not call.types[1]:
+        raise UnsupportedError("the type that it is cast to is not known")
+    return _cast_to(call, call.types[1])
+
+
+def _cast_to(call: Call, target: int) -> int:
+    source, build, x = call.types[0], call.build, call.arg()
     if not source:
         raise UnsupportedError("the type that is cast is not known")
     if source == target or source == TensorProto.BOOL or target in CONTAINS.get(call.root_type, ()):
@@ -251,6 +260,7 @@ LOWERINGS: dict[str, Callable[[Call], int]] = {
     "Abs": lambda call: call.build.step("max", call.arg(), call.build.neg(call.arg())),
     "Add": _many("add"), "And": _and, "Asinh": _fn("asinh"), "Atan": _fn("atan"),
     "Bernoulli": lambda call: call.build.step("bernoulli", call.arg(), param=call.name), "Cast": _cast,
+    "CastLike": _cast_like,
     "Ceil": _fn("ceil"), "Celu": _celu, "Clip": _clip, "Cos": _fn("cos"), "Cosh": _fn("cosh"), "Div": _div,
     "Dropout": _dropout, "Elu": lambda call: _elu(call.build, call.arg(), call.attr("alpha", 1.0)),
     "Equal": _many("eq"), "Erf": _fn("erf"), "Exp": _fn("exp"), "Floor": _fn("floor"), "Gelu": _gelu,

@@ -68,9 +68,14 @@ def draw(tensor: gs.Tensor) -> gs.Node | None:
     return node if node is not None and node.domain in STANDARD and node.op == "RandomUniform" else None
 
 
+def read_inputs(node: gs.Node) -> list[gs.Tensor]:
+    """Inputs whose values a node reads: of the second input of CastLike it takes the type alone."""
+    return list(node.inputs[:1] if node.op == "CastLike" else node.inputs)
+
+
 def live_inputs(node: gs.Node) -> Iterator[gs.Tensor]:
     """Inputs of a node that carry data of the network."""
-    return (t for t in node.inputs if not (t.is_empty() or is_constant(t) or draw(t) is not None or fill(t)))
+    return (t for t in read_inputs(node) if not (t.is_empty() or is_constant(t) or draw(t) is not None or fill(t)))
 
 
 def one_axis(shape: tuple[int, ...]) -> bool:

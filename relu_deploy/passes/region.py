@@ -26,6 +26,7 @@ from relu_deploy.passes.operands import (
     live_inputs,
     one_axis,
     onnx_type,
+    read_inputs,
 )
 from relu_deploy.passes.program import Builder, Program
 from relu_deploy.passes.tables import lower_table, reads_table
@@ -162,7 +163,7 @@ class Lowering:
         if reads_table(node):
             self._steps[id(node.outputs[0])] = lower_table(node, self)
             return
-        args = [None if tensor.is_empty() else self.argument(tensor) for tensor in node.inputs]
+        args = [None if tensor.is_empty() else self.argument(tensor) for tensor in read_inputs(node)]
         types = [onnx_type(tensor) for tensor in node.inputs]
         integers = any(_is_integer_constant(tensor) for tensor in node.inputs)
         call = Call(self.build, args, node.attrs, types, onnx_type(self._root), integers, node.name)

@@ -52,7 +52,7 @@ SPELLINGS = {
     "clip": "y = Clip(x, z)", "clip inf": "y = Clip(x, z, inf)", "thresholded": "y = ThresholdedRelu <alpha = 0.0> (x)",
     "elu": "y = Elu <alpha = 0.0> (x)", "abs": "k = Abs(x) p = Add(x, k) y = Mul(p, h)",
     "abs div": "k = Abs(x) p = Add(k, x) y = Div(p, t)",
-    "mask": "c = Greater(x, z) k = Cast <to = 1> (c) y = Mul(k, x)", "relu twice": "k = Relu(x) y = Relu(k)",
+    "mask": "c = Greater(x, z) k = Cast <to = 1> (c) y = Mul(k, x)", "mask, cast like": "c = Greater(x, z) k = CastLike(c, x) y = Mul(k, x)", "relu twice": "k = Relu(x) y = Relu(k)",
     "sign": "k = Sign(x) r = Relu(k) y = Mul(r, x)", "pow one": "k = Pow(x, o) y = Max(k, z)",
     "identity": "k = Identity(x) p = Dropout(k) y = Max(p, z)", "scale round": "k = Mul(x, t) r = Relu(k) y = Div(r, t)",
     "affine around": "k = Mul(x, t) b = Add(k, o) r = Max(b, z) y = Mul(r, t)",

@@ -70,6 +70,36 @@ def test_time_grows_with_the_size_of_the_graph_and_not_with_its_square():
     assert seconds(5000) < 15 * max(min(seconds(1000), seconds(1000)), 0.01)
 
 
+def residual(length: int) -> onnx.ModelProto:
+    """Blocks of Conv, BatchNormalization, a blend with ``1 - gamma`` in the graph, and a residual Add."""
+    nodes, random = [], np.random.default_rng(0)
+    weights = {"w": random.normal(0, 0.2, (4, 4, 3, 3)), "gamma": np.array(0.01)}
+    weights |= {name: random.uniform(0.5, 1, 4) for name in ("scale", "shift", "mean", "var")}
+    for i in range(length // 8):
+        c, n, s, a, r, p, q = (f"{kind}{i}" for kind in "cnsarpq")
+        nodes += [
+            onnx.helper.make_node("Conv", [f"x{i}", "w"], [c], pads=[1, 1, 1, 1]),
+            onnx.helper.make_node("BatchNormalization", [c, "scale", "shift", "mean", "var"], [n]),
+            onnx.helper.make_node("Swish", [n], [a]), onnx.helper.make_node("Relu", [n], [r]),
+            onnx.helper.make_node("Sub", [a, r], [s]), onnx.helper.make_node("Mul", [s, "gamma"], [p]),
+            onnx.helper.make_node("Add", [r, p], [q]), onnx.helper.make_node("Add", [q, f"x{i}"], [f"x{i + 1}"]),
+        ]  # fmt: skip
+    tensors = [onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()]
+    info = [onnx.helper.make_tensor_value_info(name, 1, ["N", 4, 4, 4]) for name in ("x0", f"x{length // 8}")]
+    graph = onnx.helper.make_graph(nodes, "g", info[:1], info[1:], tensors)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
+
+
+def test_five_thousand_nodes_take_seconds():
+    """All passes, with a tolerance; some 7 s on two slow processors."""
+    model = residual(5000)
+    start = time.perf_counter()
+    _, report = rewrite(model, verify=False, collapse_tolerance=0.01)
+    assert time.perf_counter() - start < 60
+    assert report.approximation is not None
+    assert len(report.approximation.collapses) == 625
+
+
 def test_model_local_functions_are_inlined():
     model = parse("""<ir_version: 8, opset_import: ["": 17, "local": 1]>
     g (float[N,4] x) => (float[N,4] y) { y = local.Blend(x) }
