@@ -14,6 +14,7 @@ import pytest
 from calib.errors import RangesError, ToolkitError
 from calib.fingerprint import model_fingerprint
 from calib.ranges import Ranges, TensorRange
+from calib.session import open_session
 from relu_deploy.errors import CheckFailedError
 from relu_deploy.graph import count_ops
 from relu_deploy.passes import approximate
@@ -81,6 +82,25 @@ def test_a_blend_collapses_with_its_bound_where_that_is_allowed(name, ends):
     assert "within" in note
     assert not report.exact
     assert rewrite(after, collapse_tolerance=gap * 1.1, domain=ends)[0] is after
+
+
+@pytest.mark.parametrize("name", BLENDS)
+def test_what_a_runtime_computes_is_within_the_certificate(name):
+    """At every magnitude, with rounding as it is stated: the bounds are about real arithmetic, and runtimes round."""
+    body, gap = BLENDS[name]
+    model = parse(body, opset=opset_of(body))
+    _, report = rewrite(model, collapse_tolerance=gap * 1.1, verify=False)
+    assert report.approximation is not None
+    (row,) = report.approximation.collapses
+    (note,) = collapse_report(report).notes.values()
+    rounding = float(note.split("at most ")[1].split()[0])
+    random = np.random.default_rng(0)
+    sizes = np.concatenate([np.exp(random.uniform(-60, np.log(row.high) * 0.999, 20000)), random.uniform(0, 12, 20000)])
+    x = np.concatenate([sizes, -sizes, [0.0] * 4]).astype(np.float32)
+    session = open_session(model)
+    y = session.run(None, {"x": x.reshape(-1, 4)})[0].reshape(-1).astype(np.float64)
+    off = np.abs(y - np.maximum(x, 0)) - row.eps - row.slope * np.abs(x)
+    assert (off <= rounding * np.maximum(np.abs(x), 1)).all()
 
 
 @pytest.mark.parametrize("name", BLENDS)
