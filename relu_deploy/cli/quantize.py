@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,8 @@ def render(report: QuantReport, output: Path | None = None) -> RenderableType:
         for layer in left:
             table.add_row(layer.name, layer.op, layer.reason)
         lines.append(table)
+    forms = Counter(note.split(",")[0] for note in report.folded.values())
+    lines.extend(Text(f"{count} x {form}: activations without a kernel of their own") for form, count in forms.items())
     lines.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
     if output is not None:
         lines.append(Text(f"wrote {output}"))

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.safety import FileCommand
+from relu_deploy.targets import TARGETS, Target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,6 +119,12 @@ def _samples(data: str, model: onnx.ModelProto) -> list[Mapping[str, np.ndarray]
     metavar="DATA",
     help=f"As --calib of calibrate: compare on its first {_MOST_SAMPLES} samples.  [default: random inputs]",
 )
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    help="Also spell learned activations (PWLU) in the operators that are best on this runtime in float. Without it "
+    "each stays one node, with its definition in the file. quantize and build-engine spell them by themselves.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not compare its outputs with the original's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs of that comparison.")
 @json_option
@@ -129,6 +136,7 @@ def command(
     ranges_path: Path | None,
     fold: float | None,
     data: str | None,
+    target: Target | None,
     no_verify: bool,
     seed: int,
     json_path: str | None,
@@ -147,6 +155,7 @@ def command(
       relu-deploy rewrite student.onnx -o student.relu.onnx --collapse-tolerance 0.005 --range -8,8
       relu-deploy rewrite student.onnx -o student.relu.onnx --collapse-tolerance 0.005 --ranges ranges.json
       relu-deploy rewrite student.onnx -o student.static.onnx --fold-dynamic 0.01 --ranges ranges.json
+      relu-deploy rewrite pwlu.onnx -o pwlu.rtx.onnx --target tensorrt-rtx
     """  # noqa: D301  \b is click's mark for text that keeps its lines
     from relu_deploy.graph import load_model, save_model
     from relu_deploy.passes.run import rewrite
@@ -156,7 +165,7 @@ def command(
     samples = None if data is None else _samples(data, original)
     result, report = rewrite(
         original, verify=not no_verify, samples=samples, seed=seed, collapse_tolerance=tolerance, domain=domain,
-        fold_tolerance=fold,
+        fold_tolerance=fold, target=target,
     )  # fmt: skip
     save_model(result, output)
     emit(report, json_path, lambda: render(report, output))

@@ -21,6 +21,7 @@ from relu_deploy.passes.collapse_within import collapse_within
 from relu_deploy.passes.domain import Domains
 from relu_deploy.passes.fold_dynamic import Folding, check_folding, describe_folding, fold_dynamic, measure_folding
 from relu_deploy.passes.pwlu_spell import spell_pwlu
+from relu_deploy.passes.recognise import recognise_pwlu
 from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.verify import Feed, Verification, compare
 from relu_deploy.report import PassReport, Skip
@@ -75,6 +76,7 @@ def rewrite(
     collapse_tolerance: float | None = None,
     domain: tuple[float, float] | Ranges | None = None,
     fold_tolerance: float | None = None,
+    target: Target | None = None,
 ) -> tuple[onnx.ModelProto, RewriteReport]:
     """Apply every pass until none changes anything, then check the result.
 
@@ -89,6 +91,7 @@ def rewrite(
             None: every finite number of the type.
         fold_tolerance: Also make a DY-ReLU static where ``domain``, which has to be ranges then, shows that this moves
             its output by at most this much, in its units; before anything is collapsed to a tolerance.
+        target: Also spell learned activations for this runtime; None: each stays one node with its definition.
 
     Returns:
         The rewritten network and the report. Where no pass changes anything the network is ``model`` itself: files that
@@ -115,6 +118,9 @@ def rewrite(
         result, report = _fold_dynamic(result, report, fold_tolerance, domain, options)
     if collapse_tolerance is not None:
         result, report = _collapse_within(result, report, collapse_tolerance, domains, options)
+    if target is not None:
+        same = report.approximation is None and report.folding is None
+        result, report = _spell(result, report, target, options, reference=model if same else result)
     return result, report
 
 
@@ -131,11 +137,13 @@ def spell(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, Pass
     Raises:
         ModelError: the result fails onnx's checker.
     """
-    if not any(node.domain == ops.DOMAIN for node in model.graph.node):
-        return model, PassReport("spell_pwlu")
     graph = import_graph(model)
     annotate(graph, model)
+    if graph.opset < ops.DEFINITION_OPSET:  # what could not stay one node
+        recognise_pwlu(graph, for_file=False)
     report = spell_pwlu(graph, target)
+    if not report.changed:
+        return model, report
     result = export_graph(graph, model)
     check_model(result, "the network")
     return result, report
@@ -224,6 +232,20 @@ def _collapse_within(
         nodes_after=len(result.graph.node),
         exact=report.exact and not done.collapses,
         approximation=done,
+    )
+
+
+def _spell(
+    model: onnx.ModelProto, report: RewriteReport, target: Target, options: _Check, *, reference: onnx.ModelProto
+) -> tuple[onnx.ModelProto, RewriteReport]:
+    """Spell for a target, and compare with what it has to be the same as."""
+    result, spelled = spell(model, target)
+    report = dataclasses.replace(report, passes=tuple(_join(list(report.passes), [spelled])))
+    if not spelled.changed:
+        return model, report
+    checked = _verify(reference, result, False, options) if options.verify else None
+    return result, dataclasses.replace(
+        report, nodes_after=len(result.graph.node), exact=False, verification=checked or report.verification
     )
 
 
