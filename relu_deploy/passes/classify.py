@@ -17,9 +17,9 @@ from relu_deploy.passes.program import Program
 from relu_deploy.passes.pwl import ONE, ZERO, PiecewiseLinear
 
 _IDENTITY = (ONE, ZERO)
-# A PWLU has 16 intervals as published; one with more is still one. Its breakpoints went through float32.
+# A PWLU has 16 intervals as published; one with more is still one. Its numbers went through float16 at worst.
 MOST_INTERVALS = 256
-GRID_JITTER = 1e-3
+GRID_JITTER = 2.0**-10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,26 @@ def classify_piecewise_linear(function: PiecewiseLinear) -> Activation:
     named = _one_break(function) or _clipped(function)
     if named:
         return named
-    shape = "" if function.is_continuous else ", not continuous"
+    joined = function.is_continuous or _joined(function)
+    shape = "" if function.is_continuous else ", continuous up to rounding" if joined else ", not continuous"
     count = len(function.breaks)
     where = ", ".join(f"{float(x):.4g}" for x in function.breaks[:4]) + (", ..." if count > 4 else "")
     plural = "" if count == 1 else "s"
-    kind = "pwlu" if function.is_continuous and _on_a_grid(function) else "piecewise_linear"
+    kind = "pwlu" if joined and _on_a_grid(function) else "piecewise_linear"
     if count == 1 and function.is_continuous and {slope for slope, _ in function.lines} == {ZERO, ONE} and (
         _IDENTITY in function.lines):  # fmt: skip
         kind = "clip"
     return Activation(kind, f"piecewise linear with {count} breakpoint{plural} ({where}){shape}", exact=True)
+
+
+def _joined(function: PiecewiseLinear) -> bool:
+    """Whether its jumps are no more than what rounding leaves where tables of slopes and intercepts meet."""
+    jump = size = ZERO
+    places = zip(function.breaks, function.points, function.lines[:-1], function.lines[1:], strict=True)
+    for x, point, (a, b), (c, d) in places:
+        jump = max(jump, abs(a * x + b - point), abs(c * x + d - point))
+        size = max(size, abs(a * x) + abs(b))
+    return jump <= GRID_JITTER * size
 
 
 def _on_a_grid(function: PiecewiseLinear) -> bool:
@@ -81,10 +92,12 @@ def _on_a_grid(function: PiecewiseLinear) -> bool:
 
 
 def _one_break(function: PiecewiseLinear) -> Activation | None:
-    """LeakyReLU: bends at 0 only, slope 1 to the right."""
+    """LeakyReLU and the absolute value: bends at 0 only, slope 1 to the right."""
     bends_at_zero = function.breaks == (ZERO,) and function.points == (ZERO,)
     if not bends_at_zero or function.lines[1] != _IDENTITY or function.lines[0][1]:
         return None
+    if function.lines[0][0] == -1:
+        return Activation("abs", "absolute value", exact=True)
     return Activation("leaky_relu", f"LeakyReLU with slope {float(function.lines[0][0]):.6g}", exact=True)
 
 
@@ -240,7 +253,7 @@ def summary(kinds: list[Activation], channels: int) -> Activation:
         return kinds[0]
     names = sorted({kind.kind for kind in kinds})
     exact = all(kind.exact for kind in kinds)
-    if set(names) <= {"leaky_relu", "relu", "identity"} and "leaky_relu" in names:
+    if set(names) <= {"leaky_relu", "relu", "identity", "abs"} and "leaky_relu" in names:
         return Activation("prelu", f"PReLU with its own slope for each of {channels} channels", exact=exact)
     kind = next((name for name, others in _CONTAINS.items() if name in names and set(names) <= others), "mixed")
     kind = names[0] if len(names) == 1 else kind
@@ -249,7 +262,7 @@ def summary(kinds: list[Activation], channels: int) -> Activation:
 
 # A layer whose channels have these names is a layer of the first one, with special cases among its channels.
 _GATED = {known.kind for known in KNOWN if known.gated}
-_PIECES = {"piecewise_linear", "relu", "leaky_relu", "clipped_relu", "relu6", "clip", "identity", "affine"}
+_PIECES = {"piecewise_linear", "abs", "relu", "leaky_relu", "clipped_relu", "relu6", "clip", "identity", "affine"}
 _CONTAINS = {
     "pwlu": {"pwlu", *_PIECES},
     "piecewise_linear": _PIECES,

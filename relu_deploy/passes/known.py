@@ -110,6 +110,7 @@ KNOWN: tuple[Known, ...] = (
     Known("relu_squared", "ReLU squared", lambda x: np.square(np.maximum(x, 0))),
     Known("erf", "Erf", _erf),
     Known("atan", "Atan", np.arctan),
+    Known("rounding", "a change of type", lambda x: x, arithmetic=True),
     Known("exp", "Exp", np.exp, arithmetic=True),
     Known("log", "Log", np.log, arithmetic=True),
     Known("sqrt", "Sqrt", np.sqrt, arithmetic=True),

@@ -14,7 +14,7 @@ _GATES = frozenset({"sigmoid", "hard_sigmoid"})
 # Functions that end a network to bring results into range, besides the bounded ones.
 _HEADS = BOUNDED | {"softplus", "log_sigmoid", "clip", "clipped_relu", "unknown", "mixed"}
 # Names that arithmetic between layers may have too: only right after a linear layer they are activations.
-_DOUBTFUL = frozenset({"unknown", "mixed", "clip", "clipped_relu", "piecewise_linear", "relu", "erf", "atan"})
+_DOUBTFUL = frozenset({"unknown", "abs", "mixed", "clip", "clipped_relu", "piecewise_linear", "relu", "erf", "atan"})
 HEAD = "head: no linear layer follows"
 SQUEEZE_EXCITE = "squeeze-excite gate"
 SELF_GATE = "gate of a tensor that it was computed from"

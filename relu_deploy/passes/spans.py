@@ -25,6 +25,8 @@ _STRAIGHT = ("identity", "affine", "constant")
 _PRICES = {"blend": 1.5, "piecewise_linear": 3.0, "pwlu": 3.0, "aptx": 2.0, "mixed": 4.0, "unknown": 6.0}
 _SCALED = 2.0
 _CUT = 0.01
+# Where these have no lowering, a type or a constant is not known, and still it is no activation.
+_MOVES = ("Add", "Sub", "Mul", "Div", "Neg", "Identity", "Dropout", "Cast", "Sum")
 _LINE = Activation("affine", "affine", exact=True)
 
 
@@ -117,7 +119,9 @@ def _span(functions: Functions, cuts: list[Cut]) -> Span | None:
     top, bottom, program = cuts[0], cuts[-1], segments[0].program
     if len(segments) == 1:
         if program is None:
-            return Span(top, bottom, Activation("unknown", segments[0].refusal, exact=False), None)
+            moves = all(node.op in _MOVES for node in _nodes(top, bottom))
+            why = Activation("unknown", segments[0].refusal, exact=False)
+            return Span(top, bottom, _LINE if moves else why, None)
         straight = _is_straight(program)
         return Span(top, bottom, _LINE if straight else functions.label(program, top.tensor), program)
     if all(segment.is_affine for segment in segments) or any(segment.program is None for segment in segments):

@@ -44,6 +44,8 @@ _MOVING = frozenset({
 _TAKING = frozenset({"Split", "Slice", "Gather"})
 _OPENING = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softmax", "Clip", "Softsign", "Erf"})
 _SHIFTING = frozenset({"Add", "Sub", "Mul", "Div", "Neg"})
+# What stands between the scores of attention and their use: masks, scales, softmax.
+_SCORING = _MOVING | {"Add", "Sub", "Mul", "Div", "Where", "Softmax", "QLinearSoftmax"}
 # How far is looked: a squeeze-excite block has some twenty nodes.
 _NEAR = 96
 
@@ -125,7 +127,7 @@ class Surroundings:
         return found
 
     def attends(self, tensor: gs.Tensor) -> bool:
-        """Whether a tensor ends in matrix products with other live tensors, as weights of attention do."""
+        """Whether a tensor ends in matrix products with other live tensors, as scores and weights of attention do."""
         seen, queue, found = {id(tensor)}, deque([tensor]), False
         while queue and len(seen) < _NEAR:
             here = queue.popleft()
@@ -134,7 +136,7 @@ class Surroundings:
                     if len(list(values_into(node))) < 2:
                         return False
                     found = True
-                elif node.op in _MOVING or (node.op in _SHIFTING and len(list(values_into(node))) == 1):
+                elif node.op in _SCORING:
                     queue.extend(t for t in node.outputs if id(t) not in seen)
                     seen.update(id(t) for t in node.outputs)
                 elif node.op not in _NO_VALUES:

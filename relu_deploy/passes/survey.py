@@ -47,7 +47,7 @@ TRAINING, TOLERANCE = "needs training", "Relu with a tolerance"
 _BECOMES = {
     "leaky_relu": "PRelu", "prelu": "PRelu", "relu6": "Clip", "clipped_relu": "Clip", "clip": "Clip",
     "hard_sigmoid": "Clip", "pwlu": "table", "piecewise_linear": "table", "relu": "Relu", "mixed": "nothing",
-    "dy_relu": "nothing",
+    "dy_relu": "nothing", "abs": "PRelu",
 }  # fmt: skip
 
 

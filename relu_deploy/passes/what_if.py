@@ -88,6 +88,8 @@ def _ends(site: Site, nodes: list[gs.Node]) -> tuple[gs.Tensor, gs.Tensor]:
     source = next((t for t in readable if site.input in (t.name, real_source(t).name)), None)
     if source is None:
         raise _CannotReplaceError(f"none of its nodes reads {site.input}")
+    if None not in (source.dtype, target.dtype) and source.dtype != target.dtype:
+        raise _CannotReplaceError("it changes the type")
     if not _may_be_alike(source.shape, target.shape):
         raise _CannotReplaceError(f"it turns shape {list(source.shape)} into {list(target.shape)}")
     return source, target

@@ -1,7 +1,8 @@
 # ruff: noqa: E501 - graphs in ONNX text stay on one line
 """Activations as exporters, converters and people write them in ONNX, with the function that each of them is.
 
-``#0.5`` is a scalar constant, ``#[1,2,3,4]`` one with an entry for each of four channels; ``x`` goes in, ``y`` comes out.
+``#0.5`` is a scalar constant, ``#[1,2,3,4]`` one with an entry for each of four channels,
+``~[1,2]`` a table; ``x`` goes in, ``y`` comes out.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ def model(text: str, *, opset: int = 17, kind: str = "float", wrapped: bool = Tr
         )
         return name
 
+    def table(match: re.Match[str]) -> str:
+        constants[name := f"const{len(constants)}"] = np.array([float(v) for v in match[1].split(",")])
+        return name
+
+    text = re.sub(r"~\[([^\]]*)\]", table, text)
     body = re.sub(r"#(\[[^\]]*\]|[-+.\deinf]+)", constant, text)
     shape = f"{kind}[1,{CHANNELS},5,5]"
     inner = f"x = Conv(image, first) {body} out = Conv(y, second)" if wrapped else body
@@ -186,6 +192,8 @@ SPELLINGS: dict[str, Spelling] = {
     "PRelu by Max and Min": Spelling("prelu", "r = Max(x, #0) n = Min(x, #0) m = Mul(n, #[0.1,-0.2,0.25,0]) y = Add(r, m)", 8, function=per_channel(SLOPES)),
     "PRelu by Abs": Spelling("prelu", "r = Relu(x) b = Abs(x) n = Sub(x, b) m = Mul(n, #[0.1,-0.2,0.25,0]) h = Mul(m, #0.5) y = Add(r, h)", function=per_channel(SLOPES)),
     "PRelu with 1 in its first channel": Spelling("prelu", "y = PRelu(x, #[1,0.5,0.25,0.125])", function=per_channel((1, 0.5, 0.25, 0.125))),
+    "|x|": Spelling("abs", "y = Abs(x)", function=only(np.abs)),
+    "Max(x, -x)": Spelling("abs", "n = Neg(x) y = Max(x, n)", 8, function=only(np.abs)),
     # SiLU
     "x * Sigmoid(x)": Spelling("silu", "s = Sigmoid(x) y = Mul(x, s)"),
     "Sigmoid(x) * x": Spelling("silu", "s = Sigmoid(x) y = Mul(s, x)"),
@@ -303,6 +311,8 @@ SPELLINGS: dict[str, Spelling] = {
                                           function=lambda c, x: x * sigmoid(x) if c in (0, 3) else x),
     "hinge sum": Spelling("pwlu", "h0 = Add(x, #1) r0 = Relu(h0) r1 = Relu(x) h2 = Sub(x, #1) r2 = Relu(h2) h3 = Sub(x, #2) r3 = Relu(h3) m0 = Mul(r0, #[0.1,0.2,0.3,0.4]) m1 = Mul(r1, #0.5) m2 = Mul(r2, #0.25) m3 = Mul(r3, #-0.5) y = Sum(m0, m1, m2, m3)", 8,
                           function=lambda c, x: (0.1, 0.2, 0.3, 0.4)[c] * np.maximum(x + 1, 0) + 0.5 * np.maximum(x, 0) + 0.25 * np.maximum(x - 1, 0) - 0.5 * np.maximum(x - 2, 0)),
+    "floor and tables": Spelling("pwlu", "d = Add(x, #2) f = Floor(d) a = Add(f, #1) c = Clip(a, #0, #5) j = Cast <to = 7> (c) k = Gather(~[0.1,-0.1,0.1,0.8,1.2,1], j) z = Gather(~[0.2,-0.2,0,0,-0.4,0], j) m = Mul(k, x) y = Add(m, z)", 11,
+                                 function=only(lambda x: np.select([x < -2, x < -1, x < 0, x < 1, x < 2], [0.1 * x + 0.2, -0.1 * x - 0.2, 0.1 * x, 0.8 * x, 1.2 * x - 0.4], x))),
     "Where chain": Spelling("pwlu", "c0 = Less(x, #-1) c1 = Less(x, #0) c2 = Less(x, #1) l1 = Mul(x, #-0.25) p1 = Sub(l1, #0.25) l3 = Mul(x, #1.5) p3 = Sub(l3, #0.25) l4 = Mul(x, #0.75) p4 = Add(l4, #0.5) w2 = Where(c2, p3, p4) w1 = Where(c1, p1, w2) y = Where(c0, #0, w1)", 9,
                             function=only(lambda x: np.where(x < -1, 0, np.where(x < 0, -0.25 * x - 0.25, np.where(x < 1, 1.5 * x - 0.25, 0.75 * x + 0.5))))),
 }  # fmt: skip
