@@ -35,6 +35,22 @@ def spatial_mean_to_pool(graph: gs.Graph) -> dict[str, str]:
     return aliases
 
 
+def prelu_to_leaky(graph: gs.Graph) -> None:
+    """Rewrite ``PRelu`` of one slope for all as ``LeakyRelu``: the same function, and only this has an integer kernel.
+
+    A PReLU that is shared by all channels is exported with one slope; one of which training never moved the slopes has
+    equal ones.
+    """
+    for node in graph.nodes:
+        if node.op != "PRelu" or not isinstance(node.inputs[1], gs.Constant):
+            continue
+        slopes, shape = np.unique(node.inputs[1].values), node.inputs[0].shape
+        # Slopes of more axes than the input has would give the result their shape.
+        if slopes.size == 1 and shape is not None and node.inputs[1].values.ndim <= len(shape):
+            node.op, node.attrs = "LeakyRelu", {"alpha": float(slopes[0])}
+            del node.inputs[1]
+
+
 def _is_spatial(node: gs.Node) -> bool:
     """Whether a ReduceMean takes a tensor of 3 to 5 axes over exactly those from axis 2 on."""
     shape = node.inputs[0].shape

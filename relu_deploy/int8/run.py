@@ -14,7 +14,7 @@ from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
 from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.kernels import respect_softmax
-from relu_deploy.int8.lower import spatial_mean_to_pool
+from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.place import Layer, Placement, place, with_pooled
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
@@ -111,6 +111,7 @@ def quantize(
     dynamic = spell_dyrelu(graph).notes if number.unsigned else {}
     if number.unsigned:
         aliases = products_to_gemm(graph, rows=True).aliases | spatial_mean_to_pool(graph)
+        prelu_to_leaky(graph)
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
     present = graph.tensors()
     bounds = {name: (r.min, r.max) for name, r in ranges.tensors.items() if name in present}

@@ -143,3 +143,27 @@ def test_a_float16_network_is_refused_for_onnx_runtime_with_the_reason():
     model.graph.initializer.append(numpy_helper.from_array(W.astype(np.float16), "w"))
     with pytest.raises(QuantizationError, match="export the network in float32"):
         quantized(model, RNG.normal(size=(4, 6)).astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("slopes", "shape", "kernel"),
+    [
+        ([0.2], (1,), "QLinearLeakyRelu"),
+        ([0.2] * 4, (4, 1, 1), "QLinearLeakyRelu"),
+        ([0.1, 0.2, 0.3, 0.4], (4, 1, 1), ""),
+    ],
+)
+def test_a_prelu_of_one_slope_has_a_kernel(slopes, shape, kernel, tmp_path):
+    text = "(float[2, 3, 6, 6] x) => (float[2, 2, 6, 6] y) { c = Conv(x, w) a = PRelu(c, s) y = Conv(a, v) }"
+    rng = np.random.default_rng(3)
+    model = parse(
+        text, w=rng.normal(size=(4, 3, 1, 1)), v=rng.normal(size=(2, 4, 1, 1)), s=np.reshape(slopes, shape)
+    )  # fmt: skip
+    x = rng.normal(size=(2, 3, 6, 6)).astype(np.float32)
+    result, _ = quantized(model, {"x": x})
+    counts, (got,) = optimised(result, {"x": x}, tmp_path)
+    assert counts["QLinearLeakyRelu"] == (kernel != "")
+    assert counts["GatherElements"] == (kernel == "")
+    want = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    # 7-bit weights and 8-bit activations of two layers: 30 dB.
+    assert np.mean((got - want) ** 2) < 1e-3 * np.mean(want**2)
