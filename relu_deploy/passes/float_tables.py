@@ -13,16 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from relu_deploy.passes.floats import (
-    FLOAT_TYPES,
-    MOST_ROUNDING,
-    FloatBehaviour,
-    FloatType,
-    Interval,
-    dyadic_boxes,
-    float_behaviour,
-    run_intervals,
-)
+from relu_deploy.passes.float_types import FLOAT_TYPES, FloatType
+from relu_deploy.passes.floats import MOST_ROUNDING, FloatBehaviour, dyadic_boxes, float_behaviour
+from relu_deploy.passes.intervals import Interval, run_intervals
 from relu_deploy.passes.program import Program
 from relu_deploy.passes.symbolic import evaluate
 

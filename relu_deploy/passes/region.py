@@ -35,8 +35,8 @@ __all__ = [
     "MAX_NODES", "Cut", "Forest", "constant_values", "find_regions", "nodes_between", "onnx_type", "program_between",
 ]  # fmt: skip
 
-# An activation has under twenty nodes, a learned one spelled out some hundred.
-MAX_NODES = 256
+# An activation has under twenty nodes, a learned one of N intervals spelled out 4 N.
+MAX_NODES = 2048
 
 
 @dataclasses.dataclass(eq=False)
