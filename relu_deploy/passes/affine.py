@@ -77,8 +77,11 @@ def _starts_activation(node: gs.Node, values: np.ndarray) -> bool:
 
 
 def _is_behind_layer(node: gs.Node, position: int) -> bool:
+    """A product of two live tensors, as in attention, is no layer."""
     producer = producer_of(node.inputs[position])
-    return producer is not None and is_standard(producer, *LAYERS)
+    if producer is None or not is_standard(producer, *LAYERS):
+        return False
+    return producer.op != "MatMul" or isinstance(producer.inputs[1], gs.Constant)
 
 
 def _affine(node: gs.Node, position: int, layer: Layer) -> Affine:

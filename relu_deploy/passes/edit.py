@@ -163,14 +163,17 @@ class Names:
 
     def __init__(self, graph: gs.Graph) -> None:
         self._taken = set(_all_names(graph))
+        self._next: dict[str, int] = {}  # or thousands of layers that share a weight try the same numbers again
 
     def new(self, base: str) -> str:
         """``base``, or what comes closest to it."""
-        name, number = base, 0
+        number = self._next.get(base, 0)
+        name = f"{base}_{number}" if number else base
         while name in self._taken:
             number += 1
             name = f"{base}_{number}"
         self._taken.add(name)
+        self._next[base] = number + 1
         return name
 
     def constant(self, base: str, values: np.ndarray) -> gs.Constant:

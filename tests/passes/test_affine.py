@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import onnx
@@ -154,6 +155,28 @@ def test_shared_weights_and_shared_constants_are_copied(parse, prove):
     after, report = prove(model, fold_affine, within=ROUNDING)
     assert len(report.changed) == 1
     assert count_ops(after) == {"Conv": 2, "Relu": 1, "Mul": 1}
+
+
+def seconds(layers: int) -> float:
+    nodes = []
+    for i in range(layers):
+        nodes.append(onnx.helper.make_node("Gemm", [f"x{i}", "w", "b"], [f"k{i}"]))
+        nodes.append(onnx.helper.make_node("Mul", [f"k{i}", "s"], [f"m{i}"]))
+        nodes.append(onnx.helper.make_node("Tanh", [f"m{i}"], [f"x{i + 1}"]))
+    tensors = [
+        onnx.numpy_helper.from_array(f32(*size), name) for name, size in (("w", (2, 2)), ("b", (2,)), ("s", (2,)))
+    ]
+    info = [onnx.helper.make_tensor_value_info(name, 1, [1, 2]) for name in ("x0", f"x{layers}")]
+    body = onnx.helper.make_graph(nodes, "g", info[:1], info[1:], tensors)
+    graph = import_graph(onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8))
+    start = time.perf_counter()
+    assert len(fold_affine(graph).changed) == layers
+    return time.perf_counter() - start
+
+
+def test_time_grows_with_the_number_of_layers_that_share_their_weights_and_not_with_its_square():
+    # Eight times the layers; a quadratic pass would take 64 times as long, and this machine may be three times slower at will.
+    assert seconds(8000) < 24 * max(min(seconds(1000), seconds(1000)), 0.01)
 
 
 def test_float16_is_rounded_once(parse, prove):
