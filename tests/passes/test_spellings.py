@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -59,4 +60,21 @@ def holds(name: str, kind: str) -> bool:
 def test_every_spelling_is_named_in_other_types(name, kind):
     spelling = SPELLINGS[name]
     found = survey(spellings.model(spelling.text, opset=max(spelling.first, min(spelling.last, 20)), kind=kind))
+    assert found.counts == {spelling.kind: 1}, found.activations
+
+
+CHANNELWISE, SHARED = ("#[1.7,0.3,-2,1]", "#[0.1,-0.2,0,3]"), ("#1.7", "#0.3")
+
+
+@pytest.mark.parametrize(("before", "behind"), [(CHANNELWISE, SHARED), (SHARED, CHANNELWISE)], ids=["channels", "all"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_scales_and_shifts_around_it_are_no_part_of_it(name, before, behind):
+    """BatchNorm written out, and a scale that a layer behind it could take."""
+    spelling = SPELLINGS[name]
+    text = re.sub(r"\by\b", "inner", re.sub(r"\bx\b", "outer", spelling.text))
+    text = (
+        f"scaled = Mul(x, {before[0]}) outer = Add(scaled, {before[1]}) {text} "
+        f"last = Mul(inner, {behind[0]}) y = Add(last, {behind[1]})"
+    )
+    found = survey(spellings.model(text, opset=max(spelling.first, min(spelling.last, 20))))
     assert found.counts == {spelling.kind: 1}, found.activations
