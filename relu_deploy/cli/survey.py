@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,16 +62,14 @@ def command(model: Path, each: bool, what_if: str | None, output: Path | None, j
 
     network = load_model(model)
     found = survey(network)
-    replaced = None
     if output is not None:
         untrained, replaced = replace_by_relu(network, found)
         save_model(untrained, output)
-    emit(found, json_path, lambda: render(found, each=each, replaced=replaced, output=output))
+        found = dataclasses.replace(found, what_if=replaced)
+    emit(found, json_path, lambda: render(found, each=each, output=output))
 
 
-def render(
-    found: Survey, *, each: bool = False, replaced: PassReport | None = None, output: Path | None = None
-) -> RenderableType:
+def render(found: Survey, *, each: bool = False, output: Path | None = None) -> RenderableType:
     """The survey as a person reads it."""
     parts: list[RenderableType] = []
     counted = [site for site in found.activations if site.left_alone is None]
@@ -82,7 +81,7 @@ def render(
         parts.append(_table(_LEFT, _groups(left, _left_row, each=each)))
     parts.append(Text(f"activations: {_numbers(found.counts)}; left alone: {_numbers(found.left_alone)}"))
     parts += [Text(f"note: {note}", style="dim") for note in found.notes]
-    return Group(*parts, *_what_if(replaced, output))
+    return Group(*parts, *_what_if(found.what_if, output))
 
 
 def _table(columns: Sequence[str], rows: list[tuple[str, ...]]) -> Table:

@@ -29,7 +29,7 @@ from relu_deploy.passes.symbolic import evaluate
 NAMED_CHANNELS = 8
 # What is no activation, or one already.
 NOT_ACTIVATIONS = ("identity", "affine", "constant", "relu")
-_AFFINE_OPS = ("Add", "Sub", "Mul", "Div", "Neg", "Identity", "Dropout", "Cast", "Sum")
+AFFINE_OPS = ("Add", "Sub", "Mul", "Div", "Neg", "Identity", "Dropout", "Cast", "Sum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Functions:
         """
         segment = self.segment(cut)
         if segment.program is None:
-            nonlinear = any(node.op not in _AFFINE_OPS for node in _affordable_nodes(cut))
+            nonlinear = any(node.op not in AFFINE_OPS for node in _affordable_nodes(cut))
             return Activation("unknown", f"left alone: {segment.refusal}", exact=False) if nonlinear else None
         if segment.is_affine and segment.program.constants.shape[1] == 1:
             return None

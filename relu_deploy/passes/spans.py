@@ -12,7 +12,7 @@ import dataclasses
 import onnx_graphsurgeon as gs
 
 from relu_deploy.passes.classify import Activation
-from relu_deploy.passes.functions import Functions, Segment
+from relu_deploy.passes.functions import AFFINE_OPS, Functions, Segment
 from relu_deploy.passes.lower import UnsupportedError
 from relu_deploy.passes.program import Program
 from relu_deploy.passes.region import Cut, nodes_between, program_between
@@ -25,8 +25,6 @@ _STRAIGHT = ("identity", "affine", "constant")
 _PRICES = {"blend": 1.5, "piecewise_linear": 3.0, "pwlu": 3.0, "aptx": 2.0, "mixed": 4.0, "unknown": 6.0}
 _SCALED = 2.0
 _CUT = 0.01
-# Where these have no lowering, a type or a constant is not known, and still it is no activation.
-_MOVES = ("Add", "Sub", "Mul", "Div", "Neg", "Identity", "Dropout", "Cast", "Sum")
 _LINE = Activation("affine", "affine", exact=True)
 
 
@@ -119,7 +117,7 @@ def _span(functions: Functions, cuts: list[Cut]) -> Span | None:
     top, bottom, program = cuts[0], cuts[-1], segments[0].program
     if len(segments) == 1:
         if program is None:
-            moves = all(node.op in _MOVES for node in _nodes(top, bottom))
+            moves = all(node.op in AFFINE_OPS for node in _nodes(top, bottom))
             why = Activation("unknown", segments[0].refusal, exact=False)
             return Span(top, bottom, _LINE if moves else why, None)
         straight = _is_straight(program)

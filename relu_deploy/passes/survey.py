@@ -32,6 +32,7 @@ from relu_deploy.passes.run import inline_functions
 from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.spans import Span, find_spans
 from relu_deploy.passes.surroundings import Surroundings
+from relu_deploy.report import PassReport
 
 _QUANTISED = (
     "the network is quantised: quantisers are looked through, and a ReLU that became the clipping of one is not listed"
@@ -103,12 +104,14 @@ class Survey:
         left_alone: The same of those that stay. No activation is in both.
         activations: One by one, in the order of the graph, those inside subgraphs last.
         notes: What else a reader has to know.
+        what_if: Where a network with ReLU was written too: which became ReLU, and which could not. None where none was.
     """
 
     counts: dict[str, int]
     left_alone: dict[str, int]
     activations: tuple[Site, ...]
     notes: tuple[str, ...] = ()
+    what_if: PassReport | None = None
 
 
 def survey(model: onnx.ModelProto) -> Survey:

@@ -54,9 +54,10 @@ def test_json_on_standard_output_is_nothing_but_json(silu):
 
 def test_what_if_writes_a_network_that_every_command_warns_of(silu, tmp_path):
     untrained, rewritten, engine = (tmp_path / name for name in ("untrained.onnx", "rewritten.onnx", "engine.onnx"))
-    result = invoke(silu, "--what-if", "relu", "-o", untrained)
+    result = invoke(silu, "--what-if", "relu", "-o", untrained, "--json", tmp_path / "s.json")
     assert result.exit_code == 0, result.output
     assert "5 activations are ReLU; not trained, for speed measurement only" in result.output
+    assert len(json.loads((tmp_path / "s.json").read_text())["what_if"]["changed"]) == 5
     assert count_ops(onnx.load(untrained))["Relu"] == 5
     assert "Sigmoid" not in count_ops(onnx.load(untrained))
     commands = (
