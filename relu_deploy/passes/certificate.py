@@ -100,10 +100,12 @@ class Refusal:
     Attributes:
         reason: One phrase.
         eps: The bound that was found, tensor units; None where there is none, or none was asked for.
+        distance: Whether the distance from ReLU is what is wrong.
     """
 
     reason: str
     eps: float | None = None
+    distance: bool = False
 
     def __str__(self) -> str:
         return self.reason
@@ -165,9 +167,10 @@ def certify_within(
     eps = gap.eps
     if not math.isfinite(eps) or gap.grows:
         hint = "; a range may give one" if domain is None else ""
-        return Refusal(f"no bound of its distance from ReLU for {where} (tolerance {tolerance:g}){hint}")
+        return Refusal(f"no bound of its distance from ReLU for {where} (tolerance {tolerance:g}){hint}", distance=True)
     if eps > tolerance:
-        return Refusal(f"within {above(eps)} of ReLU for {where}, which is more than the tolerance {tolerance:g}", eps)
+        reason = f"within {above(eps)} of ReLU for {where}, which is more than the tolerance {tolerance:g}"
+        return Refusal(reason, eps, distance=True)
     ends = None if domain is None else domain.ends
     behaviour = table_behaviour(program, kind, atoms=gap.piecewise_linear, domain=ends)
     if behaviour.limit < (kind.largest if ends else min(LEAST_LIMIT, LEAST_DOMAIN * kind.largest)):

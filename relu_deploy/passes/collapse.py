@@ -39,7 +39,13 @@ def collapse_relu(graph: gs.Graph) -> PassReport:
 
 
 class Collapse:
-    """One run over one graph; what is ReLU to a tolerance is the business of a subclass."""
+    """One run over one graph; what is ReLU to a tolerance is the business of a subclass.
+
+    Attributes:
+        looks_like: What a candidate is before anything is proven.
+    """
+
+    looks_like = "it is ReLU"
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
@@ -103,11 +109,11 @@ class Collapse:
         """A certificate for all channels, or the reason why there is none."""
         kind = FLOAT_TYPES.get(onnx_type(top.tensor))
         if kind is None:
-            return Refusal(f"it is ReLU, but the type of {top.tensor.name} is not known")
+            return Refusal(f"{self.looks_like}, but the type of {top.tensor.name} is not known")
         try:
             program = program_between(top, cut)
         except UnsupportedError as error:
-            return Refusal(f"it is ReLU, but {error}")
+            return Refusal(f"{self.looks_like}, but {error}")
         return self._prove(program, kind, top)
 
     def _prove(self, program: Program, kind: FloatType, top: Cut) -> Certificate | Refusal:  # noqa: ARG002 - a subclass

@@ -69,6 +69,8 @@ def collapse_within(graph: gs.Graph, *, tolerance: float, domains: Domains) -> t
 class _Within(Collapse):
     """One run over one graph."""
 
+    looks_like = "it may be close to ReLU"
+
     def __init__(self, graph: gs.Graph, tolerance: float, domains: Domains) -> None:
         super().__init__(graph)
         self.tolerance, self.domains = tolerance, domains
@@ -79,22 +81,34 @@ class _Within(Collapse):
         assert cut.parent is not None and cut.node is not None  # noqa: S101, PT018 - the walk visits no root
         if not self.functions.of_floats(cut):
             return cut.parent
-        verdicts = [(top, self.certify(top, cut)) for top in self._candidates(cut)]
-        proven = [(top, verdict) for top, verdict in verdicts if isinstance(verdict, Certificate)]
-        if proven:
-            top, certificate = min(proven, key=lambda pair: pair[1].eps)
+        verdicts = self._verdicts_of(cut)
+        best = _closest(verdicts)
+        if best is not None and self._adds_nothing(cut, best[1]):
+            best = None
+        if best is not None:
+            top, certificate = best
             if top is not cut.parent or cut.node.op != "Relu":
                 self.replaced.append((top, cut, certificate))
                 domain = self._domain(program_between(top, cut), top)
                 self.held[id(cut)] = domain if isinstance(domain, Domain) else None
             return top
         activation = self.functions.activation(cut, followers)
-        refusals = [verdict for _, verdict in verdicts if isinstance(verdict, Refusal)]
+        refusals = [verdict for _, verdict in verdicts if isinstance(verdict, Refusal) and not verdict.distance]
         if activation:
             self._skip(cut, f"{activation}: {self._measured(cut, followers)}")
         elif refusals:
             self._skip(cut, str(refusals[0]))
         return cut.parent
+
+    def _verdicts_of(self, cut: Cut) -> list[tuple[Cut, Certificate | Refusal]]:
+        return [(top, self.certify(top, cut)) for top in self._candidates(cut)]
+
+    def _adds_nothing(self, cut: Cut, certificate: Certificate) -> bool:
+        """Whether a cut is a line of its parent, and the parent is as close to ReLU: then the line may as well stay."""
+        if not self.functions.is_affine(cut) or cut.parent is None:
+            return False
+        above = _closest(self._verdicts_of(cut.parent))
+        return above is not None and above[1].eps <= certificate.eps
 
     def _candidates(self, cut: Cut) -> list[Cut]:
         """Cuts above, farthest first, from which the function is not a line and looks like ReLU."""
@@ -155,3 +169,9 @@ class _Within(Collapse):
         if measured:
             return str(min(measured, key=lambda refusal: refusal.eps or 0.0))
         return str(refusals[0]) if refusals else "its type is not known"
+
+
+def _closest(verdicts: list[tuple[Cut, Certificate | Refusal]]) -> tuple[Cut, Certificate] | None:
+    """The window with the smallest bound; of equal ones the first, which is the longest."""
+    proven = [(top, verdict) for top, verdict in verdicts if isinstance(verdict, Certificate)]
+    return min(proven, key=lambda pair: pair[1].eps) if proven else None

@@ -83,5 +83,32 @@ def one_axis(shape: tuple[int, ...]) -> bool:
     return math.prod(shape) > 0 and sum(size != 1 for size in shape) <= 1
 
 
+# How far up a rank is looked for that shape inference did not find.
+_STEPS_UP = 4
+_BROADCASTING = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Where", "Sum")
+_SAME_SHAPE = ("Relu", "Sigmoid", "Tanh", "Erf", "Identity", "Cast", "Clip", "Softmax", "LayerNormalization", "Dropout")
+_LEAST_RANKS = {
+    "Conv": 3, "ConvTranspose": 3, "BatchNormalization": 2, "MaxPool": 3, "AveragePool": 3, "GlobalAveragePool": 3,
+    "Gemm": 2,
+}  # fmt: skip
+
+
+def least_rank(tensor: gs.Tensor, steps: int = _STEPS_UP) -> int:
+    """A number of axes that a tensor has at least: its own where it is known, else what its producers imply."""
+    if tensor.shape is not None:
+        return len(tensor.shape)
+    node = _producer(tensor)
+    if node is None or node.domain not in STANDARD or steps == 0:
+        return 0
+    if node.op in _LEAST_RANKS:
+        return _LEAST_RANKS[node.op]
+    ranks = [len(shape) if (shape := constant_shape(t)) is not None else least_rank(t, steps - 1) for t in node.inputs]
+    if node.op in _BROADCASTING:
+        return max(ranks, default=0)
+    if node.op == "MatMul":
+        return max(0, max(ranks, default=0) - 1)
+    return ranks[0] if node.op in _SAME_SHAPE and ranks else 0
+
+
 def _producer(tensor: gs.Tensor) -> gs.Node | None:
     return tensor.inputs[0] if len(tensor.inputs) == 1 else None

@@ -23,6 +23,7 @@ from relu_deploy.passes.operands import (
     draw,
     fill,
     is_constant,
+    least_rank,
     live_inputs,
     one_axis,
     onnx_type,
@@ -218,16 +219,17 @@ class Lowering:
         if not self._same_shape:
             return
         root = self._root
-        shape, rank = root.shape, len(root.shape) if root.shape is not None else 0
+        shape, rank = root.shape, least_rank(root)
         if len(given) > rank:
             what = f"has rank {rank}" if shape is not None else "is of unknown rank"
             raise UnsupportedError(
                 f"constant {name} has rank {len(given)} and {root.name} {what}: the shape may change"
             )
         for axis, size in enumerate(given, start=-len(given)):
-            if size != 1 and shape[axis] != size:
+            if size != 1 and (shape is None or shape[axis] != size):
+                extent = "an unknown extent" if shape is None else shape[axis]
                 raise UnsupportedError(
-                    f"constant {name} has {size} entries along an axis where {root.name} has {shape[axis]}: "
+                    f"constant {name} has {size} entries along an axis where {root.name} has {extent}: "
                     "the shape may change"
                 )
 

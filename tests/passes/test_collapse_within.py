@@ -218,6 +218,26 @@ def test_lines_are_not_activations():
     assert count_ops(rewrite(model, collapse_tolerance=1.0, domain=(-1.0, 1.0))[0])["Mul"] == 1
 
 
+def test_a_scale_behind_a_relu_is_no_activation_and_is_not_listed():
+    model = parse("c = MatMul(x, m) r = Relu(c) k = Mul(r, near) y = Add(k, h)", init=f"{INIT}, float near = {{1.001}}, "
+                  f"float[4,4] m = {{{', '.join('1' for _ in range(16))}}}")  # fmt: skip
+    _, report = rewrite(model, collapse_tolerance=0.5, domain=(-6.0, 6.0))
+    assert report.approximation is not None
+    assert not report.approximation.collapses
+    assert not collapse_report(report).skipped
+
+
+def test_a_constant_of_one_entry_does_not_change_a_shape_that_is_not_known():
+    """Shape inference gives up at a Reshape to a computed shape; what follows has an axis all the same."""
+    body = "k = Reshape(x, dims) c = Add(k, b) e = Mul(c, one) s = Sigmoid(e) a = Mul(c, s) r = Relu(c) p = Mul(a, g) q = Mul(r, g1) v = Add(p, q) y = ReduceSum <keepdims = 0> (v)"
+    for bias, kept in (("float[2] b = {1, 2}", False), ("float b = {1}", True)):
+        model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 20]>
+        g (float[N,4] x, int64[R] dims) => (float y) <{INIT}, {bias}, float[1] one = {{1}}> {{ {body} }}""")
+        after, report = rewrite(model, collapse_tolerance=0.01, verify=False)
+        assert ("Sigmoid" in count_ops(after)) == kept
+        assert any("shape may change" in skip.reason for skip in collapse_report(report).skipped) == kept
+
+
 IMPOSTORS = {
     "a narrow spike": ("k = Sub(x, c) a = Abs(k) m = Sub(w, a) s = Max(m, z) p = Mul(s, big) r = Relu(x) y = Add(r, p)",
                        "float c = {3.14159}, float w = {1e-7}, float z = {0}, float big = {1e6}", (-8.0, 8.0)),
