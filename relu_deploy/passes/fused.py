@@ -27,7 +27,7 @@ _OPERATORS = {
     "FastGelu": Activation("gelu_tanh", "GELU (tanh)", exact=False),
 }
 RECURRENT = "recurrent: its sigmoids and tanhs are inside the operator"
-_RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}
+_RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn", "DynamicQuantizeLSTM": "lstm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fused:
 def fused_activation(node: gs.Node) -> Fused | None:
     """The activation in a node that no region holds; None for most nodes."""
     standard = node.domain in (None, "", "ai.onnx")
-    if standard and node.op in _RECURRENT:
+    if node.op in _RECURRENT:
         return Fused(Activation(_RECURRENT[node.op], node.op, exact=False), RECURRENT)
     if node.op in ("Softmax", "LogSoftmax", "Hardmax", "QLinearSoftmax"):
         return Fused(Activation("softmax", node.op, exact=False))

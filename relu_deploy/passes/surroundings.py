@@ -16,7 +16,7 @@ from relu_deploy.passes.region import constant_values
 LINEAR = frozenset({
     "Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "DeformConv", "ConvInteger", "MatMulInteger", "QLinearConv",
     "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "FusedConv", "FusedGemm", "FusedMatMul", "NhwcConv",
-    "NhwcFusedConv", "MatMulNBits", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention", "QAttention",
+    "NhwcFusedConv", "MatMulNBits", "DynamicQuantizeLSTM", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention", "QAttention",
 })  # fmt: skip
 # Their results are places, sizes and truths.
 _NO_VALUES = frozenset({
@@ -35,7 +35,17 @@ POOLING = frozenset({
     "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "AveragePool", "ReduceMean", "ReduceMax", "ReduceSum",
     "ReduceL2", "QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearReduceMean",
 })  # fmt: skip
-_REDUCING = POOLING | {"ReduceMin", "ReduceL1", "ReduceSumSquare", "ReduceLogSumExp", "Softmax", "LogSoftmax", "CumSum"}
+# A dynamic quantiser's scale is the largest magnitude of all.
+_REDUCING = POOLING | {
+    "ReduceMin",
+    "ReduceL1",
+    "ReduceSumSquare",
+    "ReduceLogSumExp",
+    "Softmax",
+    "LogSoftmax",
+    "CumSum",
+    "DynamicQuantizeLinear",
+}
 # What a gate may pass on its way to the product.
 _MOVING = frozenset({
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile", "Resize", "Upsample", "Cast",

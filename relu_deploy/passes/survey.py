@@ -41,8 +41,8 @@ _QUANTISED = (
 GUARD = 1000
 # Operators that are activations wherever they stand.
 _NATIVE = ("Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Shrink", "Selu", "Elu", "Celu", "PWLU")
-# Distinct channels that a bound is searched for; each may take some milliseconds.
-MOST_CHANNELS = 256
+# Distinct channels that a bound is searched for; each takes some two milliseconds.
+MOST_CHANNELS = 1024
 # What the others become; a smooth one needs training first.
 TRAINING, TOLERANCE = "needs training", "Relu with a tolerance"
 _BECOMES = {

@@ -101,6 +101,7 @@ PLACES: dict[str, tuple[str, str, dict[str, int], dict[str, str]]] = {
     "RMSNorm by a power": ("i = MatMul(x, %[8,8]) q = Mul(i, i) v = ReduceMean <axes = [-1]> (q) e = Add(v, #1e-5) r = Pow(e, #-0.5) n = Mul(i, r) y = MatMul(n, %[8,8])", WORDS, {}, {}),
     "a norm that is kept from zero": ("i = MatMul(x, %[8,8]) q = ReduceL2 <axes = [-1]> (i) m = Max(q, #1e-12) n = Div(i, m) y = MatMul(n, %[8,8])", WORDS, {}, {}),
     "a variance that is kept from below zero": ("i = MatMul(x, %[8,8]) q = Mul(i, i) v = ReduceMean <axes = [-1]> (q) m = ReduceMean <axes = [-1]> (i) k = Mul(m, m) d = Sub(v, k) r = Max(d, #0) s = Sqrt(r) n = Div(i, s) y = MatMul(n, %[8,8])", WORDS, {}, {}),
+    "a bias in the units of a dynamic quantiser": ("h = MatMul(x, %[8,8]) i = Mul(h, #2) q, scale, zero = DynamicQuantizeLinear(i) b = Div(%[8], scale) f = Floor(b) m = Mul(f, scale) d = DequantizeLinear(q, scale, zero) e = Add(d, m) y = MatMul(e, %[8,8])", WORDS, {}, {}),
     "positions": ("f = Mul(t, #0.01) s = Sin(f) c = Cos(f) a = Mul(x, c) b = Mul(x, s) z = Add(a, b) y = MatMul(z, %[8,8])", f"{WORDS}, float[N,6,1] t", {}, {}),
     "positions by a layer": ("f = MatMul(t, %[1,4]) s = Sin(f) c = Cos(f) u = Concat <axis = -1> (s, c) a = Mul(x, u) y = MatMul(a, %[8,8])", f"{WORDS}, float[N,6,1] t", {}, {}),
     "Fourier features": ("f = MatMul(x, %[8,4]) s = Sin(f) c = Cos(f) u = Concat <axis = -1> (s, c) y = MatMul(u, %[8,8])", WORDS, {}, {}),
