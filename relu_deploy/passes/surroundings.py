@@ -16,7 +16,8 @@ from relu_deploy.passes.region import constant_values
 LINEAR = frozenset({
     "Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "DeformConv", "ConvInteger", "MatMulInteger", "QLinearConv",
     "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "FusedConv", "FusedGemm", "FusedMatMul", "NhwcConv",
-    "NhwcFusedConv", "MatMulNBits", "DynamicQuantizeLSTM", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention", "QAttention",
+    "NhwcFusedConv", "MatMulNBits", "LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "Attention", "MultiHeadAttention",
+    "QAttention",
 })  # fmt: skip
 # Their results are places, sizes and truths.
 _NO_VALUES = frozenset({
