@@ -36,23 +36,19 @@ POOLING = frozenset({
     "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "AveragePool", "ReduceMean", "ReduceMax", "ReduceSum",
     "ReduceL2", "QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearReduceMean",
 })  # fmt: skip
-# A dynamic quantiser's scale is the largest magnitude of all.
+# Beyond these a value is no longer that of its place; a dynamic quantiser's scale is the largest magnitude of all.
 _REDUCING = POOLING | {
-    "ReduceMin",
-    "ReduceL1",
-    "ReduceSumSquare",
-    "ReduceLogSumExp",
-    "Softmax",
-    "LogSoftmax",
-    "CumSum",
+    "ReduceMin", "ReduceL1", "ReduceSumSquare", "ReduceLogSumExp", "Softmax", "LogSoftmax", "CumSum",
     "DynamicQuantizeLinear",
-}
+}  # fmt: skip
 # What a gate may pass on its way to the product.
 _MOVING = frozenset({
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile", "Resize", "Upsample", "Cast",
     "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "Split", "Slice", "Gather",
 })  # fmt: skip
+# Of these, what takes a part: the whole is another tensor.
 _TAKING = frozenset({"Split", "Slice", "Gather"})
+# Operators whose results lie between two bounds.
 _OPENING = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softmax", "Clip", "Softsign", "Erf"})
 _SHIFTING = frozenset({"Add", "Sub", "Mul", "Div", "Neg"})
 # What stands between the scores of attention and their use: masks, scales, softmax.

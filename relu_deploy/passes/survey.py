@@ -137,14 +137,20 @@ def survey(model: onnx.ModelProto) -> Survey:
     )
 
 
-def surveyed_graph(model: onnx.ModelProto) -> gs.Graph:
-    """The graph that is looked at: functions unfolded, constants computed, quantisers looked through, types known."""
+def typed_graph(model: onnx.ModelProto) -> tuple[gs.Graph, onnx.ModelProto]:
+    """A graph to work on, with functions unfolded and types known, and the model that it is of; a copy of ``model``."""
     source = onnx.ModelProto()
     source.CopyFrom(model)
     if any(function.domain != ops.DOMAIN for function in source.functions):
         source = inline_functions(source)
     graph = import_graph(source)
     annotate(graph, source)
+    return graph, source
+
+
+def surveyed_graph(model: onnx.ModelProto) -> gs.Graph:
+    """The graph that is looked at: constants computed, quantisers looked through."""
+    graph, _ = typed_graph(model)
     fold_constants(graph)
     see_through_quantisers(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 import onnx
 import onnx_graphsurgeon as gs
 
-from relu_deploy import ops
-from relu_deploy.graph import WHAT_IF, check_model, export_graph, import_graph
+from relu_deploy.graph import WHAT_IF, check_model, export_graph
 from relu_deploy.passes.quantisers import real_source
-from relu_deploy.passes.run import inline_functions
-from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.surroundings import LINEAR
-from relu_deploy.passes.survey import TOLERANCE, TRAINING, Site, Survey
+from relu_deploy.passes.survey import TOLERANCE, TRAINING, Site, Survey, typed_graph
 from relu_deploy.report import PassReport, Skip
 
 MARK = "not trained, for speed measurement only"
@@ -37,12 +34,7 @@ def replace_by_relu(model: onnx.ModelProto, found: Survey) -> tuple[onnx.ModelPr
     Raises:
         ModelError: the result fails onnx's checker.
     """
-    source = onnx.ModelProto()
-    source.CopyFrom(model)
-    if any(function.domain != ops.DOMAIN for function in source.functions):
-        source = inline_functions(source)
-    graph = import_graph(source)
-    annotate(graph, source)
+    graph, source = typed_graph(model)
     report = _replace_all(graph, [site for site in found.activations if site.becomes in (TRAINING, TOLERANCE)])
     if not report.changed:
         return model, report
