@@ -57,7 +57,8 @@ def fold_batchnorm(graph: gs.Graph) -> PassReport:
 
 def _fold(node: gs.Node, pinned: set[str], names: Names) -> None:
     """Fold one node into what is before it; where that is refused, into what is behind it."""
-    if node.attrs.get("training_mode", 0) or any(t.outputs or t.name in pinned for t in node.outputs[1:]):
+    # Before opset 14 it is the outputs for new statistics, read or not, that put it in training mode.
+    if node.attrs.get("training_mode", 0) or any(not tensor.is_empty() for tensor in node.outputs[1:]):
         raise RefusedError("it is in training mode")
     try:
         layer = layer_of(node.inputs[0], pinned)
@@ -81,6 +82,8 @@ def _norm(node: gs.Node) -> Affine:
     if len(parts) != 4 or any(part is None for part in parts):
         raise RefusedError("its statistics are not constants")
     scale, shift, mean, variance = (np.asarray(part, dtype=np.float64) for part in parts)
+    if not scale.ndim == 1 or not scale.shape == shift.shape == mean.shape == variance.shape:
+        raise RefusedError("its statistics are not one number a channel")
     epsilon = float(np.float32(node.attrs.get("epsilon", 1e-5)))
     if (variance + epsilon <= 0).any():
         raise RefusedError("its variance is negative")

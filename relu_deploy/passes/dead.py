@@ -35,7 +35,8 @@ def remove_dead_nodes(graph: gs.Graph) -> PassReport:
 def _drop_outputs(node: gs.Node, opset: int, pinned: set[str]) -> bool:
     """Take unread optional outputs off the end of a node; whether there were any."""
     count = len(node.outputs)
-    if count < 2 or not is_standard(node, node.op) or node.attrs.get("training_mode", 0):
+    # Whether a BatchNormalization trains is told, in older opsets, by the outputs that it has.
+    if count < 2 or not is_standard(node, node.op) or node.op == "BatchNormalization":
         return False
     try:
         outputs = onnx.defs.get_schema(node.op, opset).outputs

@@ -29,7 +29,7 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """``factor * y + offset`` for each channel, float64, shape ``(C,)``; or ``()`` where it is one for all."""
+    """``factor * y + offset`` for each channel, float64, shape ``(C,)``."""
 
     factor: Array
     offset: Array
@@ -165,7 +165,9 @@ def after(layer: Layer, affine: Affine) -> Weights:
     Raises:
         RefusedError: they do not fit into their type, or the layer has no place for a bias.
     """
-    factor, offset = (np.broadcast_to(part, layer.bias.shape) for part in (affine.factor, affine.offset))
+    if affine.factor.shape != layer.bias.shape:
+        raise RefusedError("it has another number of channels than the layer before it")
+    factor, offset = affine.factor, affine.offset
     beta = _beta(layer)
     with np.errstate(over="ignore", invalid="ignore"):  # _rounded looks at what came of it
         return _rounded(layer, _scaled_outputs(layer, factor), factor * layer.bias + offset / beta)

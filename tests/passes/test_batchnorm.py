@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from relu_deploy.graph import import_graph
-from relu_deploy.passes import fold_batchnorm
+from relu_deploy.passes import fold_batchnorm, remove_dead_nodes
 from relu_deploy.passes.shapes import annotate
 
 RNG = np.random.default_rng(0)
@@ -152,3 +152,27 @@ def test_a_layer_inside_a_branch_reads_it_too(parse):
     # Into the layer before it is refused, since the branches read that one's result; into the layer behind it is not.
     assert report.changed == ("BatchNormalization_1",)
     assert [node.op for node in graph.nodes] == ["MatMul", "Gemm", "If"]
+
+
+def test_old_forms_that_are_no_inference_stay(parse):
+    weights = {"w": f32(6, 4, 3, 3), **statistics(6)}
+    trains = parse(
+        "(float[2, 4, 5, 5] x) => (float[2, 6, 3, 3] y) { k = Conv(x, w) y, a, e, c, d = BatchNormalization(k, s, t, m, v) }",
+        opset=9,
+        **weights,
+    )
+    each = {name: f32(6, 3, 3) for name in "stmv"}
+    own = parse(
+        "(float[2, 4, 5, 5] x) => (float[2, 6, 3, 3] y) { k = Conv(x, w) y = BatchNormalization <spatial = 0> (k, s, t, m, v) }",
+        opset=8,
+        w=weights["w"],
+        **each,
+    )
+    for model, reason in ((trains, "training mode"), (own, "one number a channel")):
+        graph = import_graph(model)
+        annotate(graph, model)
+        report = fold_batchnorm(graph)
+        assert report.changed == ()
+        assert reason in report.skipped[0].reason
+    graph = import_graph(trains)
+    assert remove_dead_nodes(graph).changed == ()  # its outputs say that it trains
