@@ -216,7 +216,7 @@ def _loose_verdict(loose: Approximation) -> Text:
     outside = max(row.outside or 0.0 for row in loose.collapses)
     moved = max((output.error for output in loose.outputs), default=0.0)
     text = (
-        f"{proven}, the largest difference seen on {loose.samples} random inputs {measured:.3g}; "
+        f"{proven}, the largest difference seen on {loose.samples} inputs {measured:.3g}; "
         f"outputs moved by up to {moved:.2g} relative to their largest magnitude"
     )
     if outside:

@@ -231,7 +231,12 @@ def _cast_to(call: Call, target: int) -> int:
 
 
 def _dropout(call: Call) -> int:
-    """The identity at inference; opset 12 has a training flag as third input, opset 6 an attribute."""
+    """The identity at inference; opset 12 has a training flag as third input, opset 6 an attribute.
+
+    And in training, where nothing is dropped: the ratio is 0.
+    """
+    if (call.has(1) and call.arg(1) == call.build.const(0.0)) or call.attrs.get("ratio", 0.5) == 0:
+        return call.arg()
     if call.has(2) and call.arg(2) != call.build.const(0.0):
         raise UnsupportedError("Dropout is in training mode")
     if call.attrs.get("is_test", 1) != 1:
