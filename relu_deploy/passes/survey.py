@@ -6,10 +6,8 @@ Nothing is changed. What counts as an activation is decided by the function and 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -17,16 +15,12 @@ import onnx_graphsurgeon as gs
 from calib.model import first_quantized
 from relu_deploy import ops
 from relu_deploy.graph import import_graph
-from relu_deploy.passes.certificate import Certificate, certify_within
 from relu_deploy.passes.classify import Activation
-from relu_deploy.passes.collapse import Collapse
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dyrelu import find_dyrelu
-from relu_deploy.passes.floats import FLOAT_TYPES, FloatType
+from relu_deploy.passes.fates import BECOMES, TRAINING, Fates
 from relu_deploy.passes.fused import fused_activation
-from relu_deploy.passes.program import Program
 from relu_deploy.passes.quantisers import see_through_quantisers
-from relu_deploy.passes.region import onnx_type
 from relu_deploy.passes.roles import NoActivationError, why_left_alone
 from relu_deploy.passes.run import inline_functions
 from relu_deploy.passes.shapes import annotate
@@ -41,15 +35,6 @@ _QUANTISED = (
 GUARD = 1000
 # Operators that are activations wherever they stand.
 _NATIVE = ("Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Shrink", "Selu", "Elu", "Celu", "PWLU")
-# Distinct channels that a bound is searched for; each takes some two milliseconds.
-MOST_CHANNELS = 1024
-# What the others become; a smooth one needs training first.
-TRAINING, TOLERANCE = "needs training", "Relu with a tolerance"
-_BECOMES = {
-    "leaky_relu": "PRelu", "prelu": "PRelu", "relu6": "Clip", "clipped_relu": "Clip", "clip": "Clip",
-    "hard_sigmoid": "Clip", "pwlu": "table", "piecewise_linear": "table", "relu": "Relu", "mixed": "nothing",
-    "dy_relu": "nothing", "abs": "PRelu",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +147,9 @@ class _Surveyor:
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
-        self.collapse = Collapse(graph)
-        self.functions = self.collapse.functions
+        self.fates = Fates(graph)
+        self.functions = self.fates.functions
         self.around = Surroundings(graph)
-        self._bounds: dict[object, tuple[float | None, str | None]] = {}
         self.dynamic = find_dyrelu(graph)
 
     def sites(self) -> list[Site]:
@@ -199,7 +183,13 @@ class _Surveyor:
             except NoActivationError:
                 continue
             site = self._site(label, source, result, span.nodes, why)
-            yield site if why else dataclasses.replace(site, channels=span.channels, **self._fate(span, label.kind))
+            if why is None:
+                fate = self.fates.of(span, label.kind)
+                site = dataclasses.replace(
+                    site, becomes=fate.becomes, bound=fate.bound, domain=fate.domain, channels=span.channels,
+                    detail=fate.reason or site.detail,
+                )  # fmt: skip
+            yield site
 
     def _is_guard(self, span: Span) -> bool:
         """Whether it clips so far out that nothing but overflow is meant."""
@@ -221,37 +211,6 @@ class _Surveyor:
             site = self._site(fused.label, source, result, (node,), why)
             yield dataclasses.replace(site, after=Layer(node.name, node.op)) if fused.in_layer else site
 
-    def _fate(self, span: Span, kind: str) -> dict[str, Any]:
-        """What an activation becomes, with the bound of its distance from ReLU and the domain of that."""
-        if span.program is None:
-            return {"becomes": "nothing"}
-        if kind == "relu":
-            verdict = self.collapse.certify(span.top, span.bottom)
-            if isinstance(verdict, Certificate):
-                return {"becomes": "Relu", "bound": verdict.eps, "domain": verdict.where}
-            native = len(span.nodes) == 1 and span.nodes[0].op == "Relu"
-            return {"becomes": "Relu", "bound": 0.0} if native else {"becomes": "nothing", "detail": str(verdict)}
-        bound, domain = self._bound(span)
-        near = kind == "blend" and bound is not None
-        return {"becomes": TOLERANCE if near else _BECOMES.get(kind, TRAINING), "bound": bound, "domain": domain}
-
-    def _bound(self, span: Span) -> tuple[float | None, str | None]:
-        """The bound and its domain, once for each distinct function."""
-        kind = FLOAT_TYPES.get(onnx_type(span.top.tensor))
-        program = span.program
-        if kind is None or program is None or program.channels().shape[1] > MOST_CHANNELS:
-            return None, None
-        key = (program.steps, program.constants.tobytes(), kind.name)
-        if key not in self._bounds:
-            self._bounds[key] = self._measured(program, kind)
-        return self._bounds[key]
-
-    def _measured(self, program: Program, kind: FloatType) -> tuple[float | None, str | None]:
-        found = certify_within(program, kind, self.functions.exact_column, tolerance=math.inf, domain=None)
-        if isinstance(found, Certificate):
-            return found.eps, found.where
-        return (None, None) if found.eps is None else (found.eps, f"every finite {kind.name}, in exact arithmetic")
-
     def _site(
         self, label: Activation, source: gs.Tensor, result: gs.Tensor, nodes: Sequence[gs.Node], left_alone: str | None
     ) -> Site:
@@ -266,7 +225,7 @@ class _Surveyor:
             input=source.name,
             output=result.name,
             after=None if layer is None else Layer(layer.name, layer.op),
-            becomes="nothing" if left_alone else _BECOMES.get(label.kind, TRAINING),
+            becomes="nothing" if left_alone else BECOMES.get(label.kind, TRAINING),
             bound=None,
             domain=None,
             left_alone=left_alone,

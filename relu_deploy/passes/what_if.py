@@ -12,9 +12,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from relu_deploy.graph import WHAT_IF, check_model, export_graph
+from relu_deploy.passes.fates import TOLERANCE, TRAINING
 from relu_deploy.passes.quantisers import real_source
 from relu_deploy.passes.surroundings import LINEAR
-from relu_deploy.passes.survey import TOLERANCE, TRAINING, Site, Survey, typed_graph
+from relu_deploy.passes.survey import Site, Survey, typed_graph
 from relu_deploy.report import PassReport, Skip
 
 MARK = "not trained, for speed measurement only"
