@@ -24,6 +24,7 @@ from relu_deploy.passes.affine import fold_affine
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dyrelu_spell import spell_dyrelu
 from relu_deploy.passes.gemm import products_to_gemm
+from relu_deploy.passes.prelu import spell_prelu
 from relu_deploy.passes.pwlu import Bound, fold_pwlu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
 from relu_deploy.passes.recognise import recognise_pwlu
@@ -112,6 +113,7 @@ def quantize(
     if number.unsigned:
         aliases = products_to_gemm(graph, rows=True).aliases | spatial_mean_to_pool(graph)
         prelu_to_leaky(graph)
+        spell_prelu(graph)
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
     present = graph.tensors()
     bounds = {name: (r.min, r.max) for name, r in ranges.tensors.items() if name in present}
@@ -157,10 +159,11 @@ def _fold_learned(
         for node in graph.nodes
         if is_pwlu(node) and node.outputs[0].name in planned.uses and node.inputs[0].name in bounds
     }
-    # A scale folded into a layer changes its output's range, which ONNX Runtime's integer layers need: there a table is
-    # as quick for two pieces as for sixteen.
+    # A scale folded into a layer changes its output's range, which ONNX Runtime's integer layers need.
     notes = fold_pwlu(graph, allowed, two_pieces=not number.unsigned).notes
-    if not number.unsigned:
+    if number.unsigned:
+        notes |= spell_pwlu(graph, number.target, allowed, most=1).notes  # one hinge is quicker than a table
+    else:
         fold_affine(graph)
         notes |= spell_pwlu(graph, number.target, allowed).notes
     graph.cleanup(remove_unused_graph_inputs=False).toposort()

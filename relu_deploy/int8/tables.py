@@ -4,7 +4,9 @@ A function of one tensor between two 8-bit quantisers is known completely by its
 activation are replaced by one stand-in before the placement is made, and by a ``GatherElements`` on codes after Q/DQ
 are written. A table is standard ONNX: no plugin, and no float between two integer kernels.
 
-ONNX Runtime's ``GatherElements`` works on all cores and costs a third of ``Gather`` (benchmarks/tables.py).
+ONNX Runtime's ``GatherElements`` costs a third of ``Gather``, but more than a few vectorised float operators between
+DequantizeLinear and QuantizeLinear. A table is therefore made of what has no quick kernel: Mish, ELU, Softplus, a
+learned activation. The rest stays as it is, in float between its quantisers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import onnx_graphsurgeon as gs
 from calib.session import open_session
 from relu_deploy import ops
 from relu_deploy.int8.formats import QParams
-from relu_deploy.int8.place import INTEGER_OPS, MOVING_OPS, STAND_IN, Placement, is_clipping
+from relu_deploy.int8.place import MOVING_OPS, STAND_IN, Placement, is_clipping
 from relu_deploy.passes.functions import Functions
 from relu_deploy.passes.lower import UnsupportedError
 from relu_deploy.passes.operands import constant_shape, constant_values
@@ -29,7 +31,15 @@ from relu_deploy.passes.region import Cut, nodes_between, program_between
 
 _CODES = 256
 _LONG_ROW, _IMAGE_RANK = 1024, 4
-_KERNELS = (*INTEGER_OPS, *MOVING_OPS, "Relu", "Sub", "Div", "Sum", "Neg", "Dropout", "Cast", "Max", "Min")
+# Milliseconds for a million elements on one core, as benchmarks/tables.py prints them, without the two quantisers: a
+# float operator, those that are slower than the rest, and the look-up of codes.
+_COST, _TABLE_COST = 0.1, 0.75
+_COSTS = {
+    "Tanh": 0.2, "Erf": 0.3, "HardSwish": 0.2, "Gelu": 0.4, "Floor": 0.2, "Round": 0.2, "Sqrt": 0.3, "Where": 0.4,
+    "Sign": 0.7, "Atan": 0.7, "Sin": 1.2, "Cos": 1.2, "Elu": 1.4, "Selu": 1.4, "Celu": 1.7, "Log": 1.4, "PRelu": 3.4,
+    "Pow": 6.0, "Mish": 9.4, "Asinh": 10.0, "Softplus": 14.0, ops.PWLU: 8.0,
+}  # fmt: skip
+_QUICK_POWERS = (2.0, 3.0, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +172,7 @@ def code_table(site: Site, source: QParams, result: QParams, graph: gs.Graph) ->
 
 
 def _regions(graph: gs.Graph, known: set[str]) -> list[Site]:
-    """Every function of one tensor that holds an operator without an integer kernel, from a branch to a branch."""
+    """Every function of one tensor that costs more in float than a table, from a branch to a branch."""
     functions = Functions(graph)
     sites: list[Site] = []
 
@@ -193,7 +203,7 @@ def _region_site(top: Cut, cut: Cut, known: set[str]) -> Site | None:
         program = program_between(top, cut)
     except UnsupportedError:
         return None
-    if all(node.op in _KERNELS or is_clipping(node) or _is_scalar_leaky(node) for node in nodes):
+    if _float_cost(nodes) <= _TABLE_COST:
         return None
     if len(nodes) > 1 and any(map(ops.is_pwlu, nodes)):
         return None  # evaluated alone, so that no definition is needed
@@ -205,8 +215,16 @@ def _region_site(top: Cut, cut: Cut, known: set[str]) -> Site | None:
     return Site(cut.node.name, top.tensor.name, cut.tensor.name, tuple(map(_Kept.of, nodes)), axis, channels, rank)
 
 
-def _is_scalar_leaky(node: gs.Node) -> bool:
-    return bool(node.op == "LeakyRelu")
+def _float_cost(nodes: Sequence[gs.Node]) -> float:
+    """What the nodes cost one by one; moving operators and those that quantisers or integer kernels take, nothing."""
+    total = 0.0
+    for node in nodes:
+        if node.op in (*MOVING_OPS, "LeakyRelu", "Sigmoid", "Cast", "Dropout") or is_clipping(node):
+            continue
+        exponent = constant_values(node.inputs[1]) if node.op == "Pow" else None
+        quick = exponent is not None and exponent.size == 1 and float(exponent.reshape(-1)[0]) in _QUICK_POWERS
+        total += _COSTS["Sqrt"] if quick else _COSTS.get(node.op, _COST)
+    return total
 
 
 def _evaluate(site: Site, values: npt.NDArray[np.float32], graph: gs.Graph) -> npt.NDArray[np.float32]:

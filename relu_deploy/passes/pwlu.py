@@ -137,6 +137,12 @@ def fewest(function: ops.PwluFunction, bound: Bound) -> tuple[list[Polyline], fl
     return found, error
 
 
+def within(function: ops.PwluFunction, bound: Bound, bends: int) -> bool:
+    """Whether no channel needs more bends than that; told by the first that does."""
+    many = zip(polylines(function), allowance(function, bound), strict=True)
+    return all(fewest_segments(line, float(eps), bound.low, bound.high).bends <= bends for line, eps in many)
+
+
 def _left(node: gs.Node, function: ops.PwluFunction, why: str = "") -> Skip:
     return Skip(
         node.name, f"a learned activation of {function.channels} channels and {function.intervals + 2} pieces{why}"
@@ -156,9 +162,8 @@ def _to_prelu(
     graph: gs.Graph, node: gs.Node, function: ops.PwluFunction, bound: Bound, pinned: set[str], names: Names
 ) -> str | Skip:
     """Make it a PRelu where every channel has two pieces and the layer before it takes scale and shift."""
-    many = zip(polylines(function), allowance(function, bound), strict=True)
-    if any(fewest_segments(line, float(eps), bound.low, bound.high).bends > 1 for line, eps in many):
-        return _left(node, function)  # told by the first such channel
+    if not within(function, bound, 1):
+        return _left(node, function)
     lines, error = fewest(function, bound)
     form = _prelu(lines)
     if form is None:

@@ -22,7 +22,7 @@ from relu_deploy import ops
 from relu_deploy.errors import ModelError
 from relu_deploy.passes.edit import Names
 from relu_deploy.passes.polyline import Hinges, stack
-from relu_deploy.passes.pwlu import EXACT, Bound, along, become, fewest
+from relu_deploy.passes.pwlu import EXACT, Bound, along, become, fewest, within
 from relu_deploy.report import PassReport, Skip
 from relu_deploy.targets import Target
 
@@ -33,13 +33,16 @@ MOST_HINGES = 2
 _SHAPE_OPSET = 15
 
 
-def spell_pwlu(graph: gs.Graph, target: Target, bounds: Mapping[str, Bound] | None = None) -> PassReport:
+def spell_pwlu(
+    graph: gs.Graph, target: Target, bounds: Mapping[str, Bound] | None = None, *, most: int | None = None
+) -> PassReport:
     """Replace every ``relu_deploy::PWLU`` by standard operators.
 
     Args:
         graph: Sorted topologically, with types and shapes where they are known. Edited in place.
         target: Whose form is wanted.
         bounds: Error allowed and domain, by name of the node's output; without one, what rounding explains, everywhere.
+        most: Only replace those that need no more hinges than this.
 
     Returns:
         Changed: the nodes that were replaced; notes say by what. Skipped: those that stay, which is no harm where the
@@ -62,6 +65,9 @@ def spell_pwlu(graph: gs.Graph, target: Target, bounds: Mapping[str, Bound] | No
             skipped.append(Skip(node.name, "the rank of its input is not known, so its channels cannot be lined up"))
             continue
         bound = (bounds or {}).get(node.outputs[0].name, EXACT)
+        if most is not None and not within(function, bound, most):
+            skipped.append(Skip(node.name, f"it needs more than {most} hinges"))
+            continue
         notes[node.name] = _spell(graph, node, function, bound, target, _Writer(node.name, names, shape))
         changed.append(node.name)
     return PassReport("spell_pwlu", tuple(changed), tuple(skipped), notes)

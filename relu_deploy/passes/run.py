@@ -20,6 +20,7 @@ from relu_deploy.passes.certificate import is_exact
 from relu_deploy.passes.collapse_within import collapse_within
 from relu_deploy.passes.domain import Domains
 from relu_deploy.passes.fold_dynamic import Folding, check_folding, describe_folding, fold_dynamic, measure_folding
+from relu_deploy.passes.prelu import spell_prelu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
 from relu_deploy.passes.recognise import recognise_pwlu
 from relu_deploy.passes.shapes import annotate
@@ -124,15 +125,17 @@ def rewrite(
     return result, report
 
 
-def spell(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, PassReport]:
-    """Spell learned activations that :func:`rewrite` left as one node each in the operators that suit a target.
+def spell(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
+    """Spell activations that have no quick operator of their own in those that suit a target.
+
+    Learned activations that :func:`rewrite` left as one node each; for ``ort`` also PReLU with slopes for channels.
 
     Args:
         model: Not changed.
         target: The runtime that will run it in float; quantising spells them by itself.
 
     Returns:
-        The network and the report; where it holds no such activation, ``model`` itself.
+        The network and the reports; where there is nothing to spell, ``model`` itself.
 
     Raises:
         ModelError: the result fails onnx's checker.
@@ -141,12 +144,14 @@ def spell(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, Pass
     annotate(graph, model)
     if graph.opset < ops.DEFINITION_OPSET:  # what could not stay one node
         recognise_pwlu(graph, for_file=False)
-    report = spell_pwlu(graph, target)
-    if not report.changed:
-        return model, report
+    reports = [spell_pwlu(graph, target)]
+    if target == "ort":
+        reports.append(spell_prelu(graph))
+    if not any(report.changed for report in reports):
+        return model, tuple(reports)
     result = export_graph(graph, model)
     check_model(result, "the network")
-    return result, report
+    return result, tuple(reports)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,8 +245,8 @@ def _spell(
 ) -> tuple[onnx.ModelProto, RewriteReport]:
     """Spell for a target, and compare with what it has to be the same as."""
     result, spelled = spell(model, target)
-    report = dataclasses.replace(report, passes=tuple(_join(list(report.passes), [spelled])))
-    if not spelled.changed:
+    report = dataclasses.replace(report, passes=tuple(_join(list(report.passes), list(spelled))))
+    if not any(entry.changed for entry in spelled):
         return model, report
     checked = _verify(reference, result, False, options) if options.verify else None
     return result, dataclasses.replace(

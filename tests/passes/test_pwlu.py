@@ -330,7 +330,7 @@ def test_an_old_opset_keeps_the_spelling_and_says_why():
     model = network(text, "N, 6, 5, 5", "N, 6, 5, 5", columns, opset=13)
     _, (report,) = applied(model, recognise_pwlu)
     assert "opset 13 cannot spell" in report.skipped[0].reason
-    result, (spelled) = spell(model, "tensorrt-rtx")
+    result, (spelled,) = spell(model, "tensorrt-rtx")
     assert spelled.changed
     x = sample(2, 6, 5, 5)
     np.testing.assert_allclose(run(result, x), run(model, x), rtol=1e-5, atol=1e-4)
