@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relu_deploy.passes.program import INTEGER, Program, Step
-from relu_deploy.passes.smooth import BOUNDED, RISING, slope_range
+from relu_deploy.passes.smooth import BOUNDED, RISING, slope_range, value_range
 from relu_deploy.passes.stretches import Stretches
 
 Array = npt.NDArray[np.float64]
@@ -276,16 +276,12 @@ def _function(name: str, a: Jet) -> Jet:
 
 
 def _range(name: str, low: Array, high: Array) -> tuple[Array, Array]:
-    """Values of a smooth function between two points."""
-    if name in ("sin", "cos"):
-        function = np.sin if name == "sin" else np.cos
-        middle, radius = (low + high) / 2, (high - low) / 2
-        lo, hi = _outwards(function(middle) - radius, function(middle) + radius, _FUNCTION_UNIT)
-        return np.fmax(-1.0, lo - _FUNCTION_UNIT * np.abs(middle)), np.fmin(1.0, hi + _FUNCTION_UNIT * np.abs(middle))
-    if name == "cosh":
-        nearest = np.where((low <= 0) & (high >= 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
-        return _outwards(np.cosh(nearest), np.cosh(np.maximum(np.abs(low), np.abs(high))), _FUNCTION_UNIT)
-    lo, hi = _outwards(RISING[name](low), RISING[name](high), _FUNCTION_UNIT)
+    """Values of a smooth function between two points, rounded outwards."""
+    lo, hi = value_range(name, low, high)
+    if name in ("sin", "cos"):  # a wave is as far off as its argument
+        argument = _FUNCTION_UNIT * np.maximum(np.abs(low), np.abs(high))
+        lo, hi = lo - argument, hi + argument
+    lo, hi = _outwards(lo, hi, _FUNCTION_UNIT)
     ends = BOUNDED.get(name, (-np.inf, np.inf))
     return np.maximum(lo, ends[0]), np.minimum(hi, ends[1])
 

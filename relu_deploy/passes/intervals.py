@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from relu_deploy.passes.float_types import FloatType
 from relu_deploy.passes.program import INTEGER, Program, Step
-from relu_deploy.passes.smooth import BOUNDED, RISING, slope_range
+from relu_deploy.passes.smooth import BOUNDED, RISING, slope_range, value_range
 from relu_deploy.passes.stretches import Stretches
 
 Array = npt.NDArray[np.float64]
@@ -262,18 +262,11 @@ def _fn_error(name: str, a: Interval, value: Interval, kind: FloatType) -> Array
 
 def _fn(name: str, a: Interval, kind: FloatType) -> Interval:
     """Range of a smooth function over the floats that can reach it, and a few units for the runtime's accuracy."""
-    low, high = a.low, a.high
-    if name in ("sin", "cos"):
-        middle, reach = (low + high) / 2, (high - low) / 2 + 8 * kind.unit  # neither is steeper than 1
-        value = np.sin(middle) if name == "sin" else np.cos(middle)
-        return Interval(np.maximum(value - reach, -1.0), np.minimum(value + reach, 1.0), np.zeros_like(value))
-    if name == "cosh":
-        top = np.cosh(np.maximum(-low, high))
-        return Interval(np.ones_like(top), top, np.zeros_like(top))
-    function = RISING[name]
-    lo, hi = function(low), function(high)
+    lo, hi = value_range(name, a.low, a.high)
     if kind.unit > 2.0**-50:
+        waves = name in ("sin", "cos")
+        below, above = (np.ones_like(lo) if waves else np.abs(end) for end in (lo, hi))
         low_end, high_end = BOUNDED.get(name, (-np.inf, np.inf))
-        lo = np.maximum(lo - np.abs(lo) * 8 * kind.unit, low_end)
-        hi = np.minimum(hi + np.abs(hi) * 8 * kind.unit, high_end)
+        lo = np.maximum(lo - below * 8 * kind.unit, low_end)
+        hi = np.minimum(hi + above * 8 * kind.unit, high_end)
     return Interval(lo, hi, np.zeros(np.broadcast(lo, hi).shape))

@@ -59,6 +59,21 @@ _MONOTONE_SLOPES: dict[str, Function] = {
 }  # fmt: skip
 
 
+def value_range(name: str, low: Array, high: Array) -> tuple[Array, Array]:
+    """Smallest and largest value of a function between two points, to the accuracy of float64's own functions.
+
+    Args and returns as :func:`slope_range`; NaN where a wave is asked for at infinity.
+    """
+    if name in ("sin", "cos"):
+        middle, radius = (low + high) / 2, (high - low) / 2
+        value = np.sin(middle) if name == "sin" else np.cos(middle)
+        return np.maximum(-1.0, value - radius), np.minimum(1.0, value + radius)
+    if name == "cosh":
+        nearest = np.where((low <= 0) & (high >= 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
+        return np.cosh(nearest), np.cosh(np.maximum(np.abs(low), np.abs(high)))
+    return RISING[name](low), RISING[name](high)
+
+
 def slope_range(name: str, low: Array, high: Array) -> tuple[Array, Array]:
     """Smallest and largest slope of a function between two points, to the accuracy of float64's own functions.
 
