@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import onnx
+from hypothesis import strategies as st
 
 from relu_deploy.passes import roles
 from relu_deploy.passes.fused import RECURRENT
@@ -168,3 +169,45 @@ def quantised_network() -> onnx.ModelProto:
     del model.opset_import[1:]
     onnx.checker.check_model(model, full_check=True)
     return onnx.shape_inference.infer_shapes(model)
+
+
+UNARY = (
+    "Relu",
+    "Sigmoid",
+    "Tanh",
+    "Exp",
+    "Abs",
+    "Neg",
+    "Softplus",
+    "HardSigmoid",
+    "HardSwish",
+    "Erf",
+    "Elu",
+    "Identity",
+)
+JOINED = ("Add", "Mul", "Sub", "Max", "Min", "Div")
+SCALARS = ("#0", "#1", "#-1", "#0.5", "#2", "#3", "#6", "#0.044715")
+
+
+@st.composite
+def networks_of_anything(draw) -> str:
+    """Nodes in any order and with any operands: activations, gates and nonsense, with layers in between."""
+    names, nodes = ["x"], []
+    for number in range(draw(st.integers(1, 16))):
+        one, other = (draw(st.sampled_from(names)) for _ in range(2))
+        nodes.append(
+            draw(
+                st.sampled_from(
+                    [
+                        *(f"{op}({one})" for op in UNARY),
+                        *(f"{op}({one}, {other})" for op in JOINED),
+                        *(f"{op}({one}, {draw(st.sampled_from(SCALARS))})" for op in JOINED),
+                        f"Conv({one}, %[8,8,1,1])",
+                        f"GlobalAveragePool({one})",
+                    ]
+                )
+            )
+        )
+        names.append(f"t{number}")
+    body = " ".join(f"t{number} = {node}" for number, node in enumerate(nodes))
+    return f"{body} y = Identity({names[-1]}) z = Identity({draw(st.sampled_from(names))})"

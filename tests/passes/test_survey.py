@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relu_deploy.passes.survey import Layer, Site, Survey, survey
 
 _SPEC = importlib.util.spec_from_file_location("places", Path(__file__).with_name("places.py"))
 places = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(places)
+_SPEC = importlib.util.spec_from_file_location("spellings", Path(__file__).with_name("spellings.py"))
+spellings = importlib.util.module_from_spec(_SPEC)
+sys.modules["spellings"] = spellings  # dataclasses look their module up
+_SPEC.loader.exec_module(spellings)
 network, network_without_check, PLACES, STEM, LAST = (
     places.network, places.network_without_check, places.PLACES, places.STEM, places.LAST,
 )  # fmt: skip
@@ -207,6 +215,24 @@ def test_surveying_changes_nothing():
     before = model.SerializeToString(deterministic=True)
     survey(model)
     assert model.SerializeToString(deterministic=True) == before
+
+
+@given(places.networks_of_anything(), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_what_it_is_called_is_what_onnx_runtime_computes(body, seed):
+    model = network(body, inputs="float[1,8,4,4] x", outputs="float y, float z")
+    sites = [site for site in survey(model).activations if site.kind in spellings.FORMULAS]
+    names = {name for site in sites for name in (site.input, site.output)} - {"x", "y", "z"}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(seed).normal(size=(1, 8, 4, 4)).astype(np.float32)
+    values = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True), x=x)
+    for site in sites:
+        source = values[site.input].astype(np.float64)
+        moderate = np.abs(source) < 20  # past this some of the formulas here overflow
+        with np.errstate(all="ignore"):
+            expected = spellings.FORMULAS[site.kind](source)
+        np.testing.assert_allclose(values[site.output][moderate], expected[moderate], rtol=1e-3, atol=1e-3)
 
 
 def test_a_large_network_takes_seconds():

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
 
 from relu_deploy.errors import NetworkWarning
 from relu_deploy.graph import WHAT_IF, count_ops, load_model, save_model
@@ -128,3 +129,19 @@ def test_the_original_is_not_changed():
     before = model.SerializeToString(deterministic=True)
     what_if(model)
     assert model.SerializeToString(deterministic=True) == before
+
+
+@given(networks.networks_of_anything())
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_network_what_it_counts_is_replaced_and_the_result_is_a_network(body):
+    model = networks.network(body, inputs="float[1,8,4,4] x", outputs="float y, float z")
+    before = survey(model)
+    result, report = replace_by_relu(model, before)
+    onnx.checker.check_model(result, full_check=True)
+    wanted = [site.name for site in before.activations if site.becomes in ("needs training", "Relu with a tolerance")]
+    assert sorted([*report.changed, *(skip.name for skip in report.skipped)]) == sorted(wanted)
+    if report.changed:
+        assert mark_of(result) == MARK
+        relus = {node.name for node in result.graph.node if node.op_type == "Relu"}
+        # One whose result nobody needs any more goes with what needed it.
+        assert relus & set(report.changed)
