@@ -129,6 +129,13 @@ def _is_constant(tensor: gs.Tensor) -> bool:
     return True
 
 
+def _before_same(tensor: gs.Tensor) -> gs.Tensor:
+    """What the unit itself gives, without casts and quantisers behind it."""
+    while tensor.inputs[0].op in SAME:
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor
+
+
 class _Reader:
     """Reads what follows one tensor."""
 
@@ -155,7 +162,8 @@ class _Reader:
                     units[id(tensor)] = tensor
                 self._queue(tensor, heap, queued)
         inner = {id(tensor) for unit in units.values() for tensor in self._ancestors(unit)[1]}
-        return [self._site(unit) for key, unit in units.items() if key not in inner]
+        last = {id(end): end for key, unit in units.items() if key not in inner for end in [_before_same(unit)]}
+        return [self._site(unit) for unit in last.values()]
 
     def _queue(self, tensor: gs.Tensor, heap: list[tuple[int, gs.Node]], queued: set[int]) -> None:
         for node in tensor.outputs:
@@ -202,8 +210,8 @@ class _Reader:
         return None if rule is None else rule(self, node)
 
     def _moved(self, node: gs.Node, lines: Lines) -> Lines | None:
-        """Another layout or type; behind a finished unit only back to the layout of x."""
-        if lines.is_unit and (not lines.moved or node.op in SAME):
+        """Another layout or type; behind a finished unit only back to the layout of x, or to its attention."""
+        if lines.is_unit and not lines.moved and node.op not in SAME:
             return None
         moved = lines.moved or node.op in LAYOUT
         shape, wanted = node.outputs[0].shape, self.root.shape
@@ -305,6 +313,18 @@ class _Reader:
         scaled = Line(sloped, line.flat, slope=slope, entries=line.entries | {id(node)}, stacks=stacks)
         return dataclasses.replace(value, lines=(scaled,))
 
+    def _normalised(self, node: gs.Node) -> Lines | None:
+        """A BatchNormalization whose scale and offset are coefficients: a line, as ``dyrelu_spell`` writes it."""
+        value, scale, offset = (self._operand(tensor) for tensor in node.inputs[:3])
+        if not isinstance(value, Lines) or not isinstance(scale, Coefficient) or not isinstance(offset, Coefficient):
+            return None
+        scaled = self._scaled(node, value, scale, node.inputs[1], node.inputs[0]) if scale.pooled else None
+        if scaled is None:
+            return None
+        key = (id(node), "offset")
+        self.entries[key] = (node, node.inputs[2])
+        return dataclasses.replace(scaled, lines=tuple(line.changed(key) for line in scaled.lines))
+
     def _stacked(self, node: gs.Node) -> Lines | None:
         """Single lines side by side along an axis that they do not have otherwise."""
         values = [self._operand(tensor) for tensor in node.inputs]
@@ -370,7 +390,8 @@ class _Reader:
         if any(c.left > 2 for c in known):
             return "C"
         shapes = [tensor.shape for _, tensor in entries]
-        if all(shape is not None for shape in shapes) and not any(line.stacks for line in value.lines):
+        flat = any(shape is not None and len(shape) < 2 for shape in shapes)
+        if all(shape is not None for shape in shapes) and not flat and not any(line.stacks for line in value.lines):
             return "B" if any(size != 1 for shape in shapes for size in (shape or [])[1:]) else "A"
         return "B" if max(c.width for c in known) > 2 * len(value.lines) else "A"
 
@@ -391,5 +412,6 @@ _RULES: dict[str, Callable[[_Reader, gs.Node], Lines | None]] = {
     "Div": _Reader._product,  # noqa: SLF001
     "Max": _Reader._maximum,  # noqa: SLF001
     "Relu": _Reader._relu,  # noqa: SLF001
+    "BatchNormalization": _Reader._normalised,  # noqa: SLF001
     "Concat": _Reader._stacked,  # noqa: SLF001
 }
