@@ -7,8 +7,9 @@ does not reach that layer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from relu_deploy.passes.region import constant_values
@@ -100,7 +101,8 @@ class Surroundings:
         Returns:
             Of several equally near the first one; None where there is none.
         """
-        for _, node in _upstream(tensor, stop=LINEAR | _REDUCING if direct else LINEAR, limit=4096):
+        stop = LINEAR | _REDUCING if direct else LINEAR
+        for _, node in _upstream(tensor, stop=lambda node: node.op in stop, limit=4096):
             if node.op in LINEAR:
                 return node
         return None
@@ -197,8 +199,8 @@ def values_into(node: gs.Node) -> Iterator[gs.Tensor]:
 def path_between(tensor: gs.Tensor, ancestor: gs.Tensor) -> str | None:
     """How an earlier tensor is reached from a later one: ``direct``, only ``pooled``, or None: not near."""
     sources = _aliases(ancestor)
-    for pooling, answer in ((POOLING, "direct"), (frozenset[str](), "pooled")):
-        for here, _ in _upstream(tensor, stop=pooling, limit=_NEAR):
+    for stop, answer in ((_pools, "direct"), (lambda _: False, "pooled")):
+        for here, _ in _upstream(tensor, stop=stop, limit=_NEAR):
             if id(here) in sources:
                 return answer
         if id(tensor) in sources:
@@ -209,8 +211,8 @@ def path_between(tensor: gs.Tensor, ancestor: gs.Tensor) -> str | None:
 def pools_near(tensor: gs.Tensor) -> bool:
     """Whether a tensor comes from a pooling by at most two linear layers: the excitation of a squeeze-excite block."""
     layers = 0
-    for _, node in _upstream(tensor, stop=POOLING, limit=24):
-        if node.op in POOLING:
+    for _, node in _upstream(tensor, stop=_pools, limit=24):
+        if _pools(node):
             return True
         layers += node.op in LINEAR
         if layers > 2:
@@ -227,7 +229,17 @@ def _aliases(tensor: gs.Tensor) -> set[int]:
     return found
 
 
-def _upstream(tensor: gs.Tensor, *, stop: frozenset[str], limit: int) -> Iterator[tuple[gs.Tensor, gs.Node]]:
+def _pools(node: gs.Node) -> bool:
+    """Whether a node gathers many positions into few; not over channels alone, as spatial attention does."""
+    if not node.op.startswith("Reduce") or node.op not in POOLING:
+        return node.op in POOLING
+    given = constant_values(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("axes")
+    axes = [] if given is None else [int(axis) for axis in np.ravel(given)]
+    rank = None if node.inputs[0].shape is None else len(node.inputs[0].shape)
+    return not (axes == [1] and rank == 4)
+
+
+def _upstream(tensor: gs.Tensor, *, stop: Callable[[gs.Node], bool], limit: int) -> Iterator[tuple[gs.Tensor, gs.Node]]:
     """Tensors and their producers from ``tensor`` upwards, nearest first; what is before a ``stop`` is not entered."""
     seen = {id(tensor)}
     queue = deque([tensor])
@@ -235,7 +247,7 @@ def _upstream(tensor: gs.Tensor, *, stop: frozenset[str], limit: int) -> Iterato
         here = queue.popleft()
         for node in here.inputs:
             yield here, node
-            if node.op in stop:
+            if stop(node):
                 continue
             for before in values_into(node):
                 if id(before) not in seen:
