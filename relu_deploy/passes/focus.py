@@ -8,6 +8,9 @@ large. The weights are moved, not computed.
 Recognised: strided Slices and a Concat, in any order and for any block; SpaceToDepth; Reshape, Transpose and Reshape
 (PixelUnshuffle). The extents of the picture must be multiples of the block: where they are not known, a Concat of all
 pixels of a block proves it, since its parts would otherwise differ in length.
+
+What it gains depends on the target: TensorRT-RTX makes the same kernels of both forms, ONNX Runtime computes the one
+convolution faster in float and slower in INT8. ``benchmarks/clean_up.py`` prints all of that.
 """
 
 from __future__ import annotations
