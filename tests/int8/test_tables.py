@@ -143,7 +143,6 @@ _SLOPES = "k = Constant <value: tensor = float[6, 1, 1] {0.1, -0.2, 0.3, 0.4, 1.
 SLOW = {
     "Mish": "a = Mish(c)",
     "ELU": "a = Elu(c)",
-    "PReLU that rises faster on the left": f"{_SLOPES} a = PRelu(c, k)",
     "scaled before": f"{_SLOPES} t = Mul(c, k) a = Softplus(t)",
     "scaled equally": "k = Constant <value: tensor = float[6, 1, 1] {0.1, 0.1, 0.1, 0.1, 0.1, 0.1}> () t = Mul(c, k) "
     "a = Mish(t)",
@@ -155,6 +154,7 @@ QUICK = {
     "HardSwish": "a = HardSwish(c)",
     "SiLU": "s = Sigmoid(c) a = Mul(c, s)",
     "PReLU": "k = Constant <value: tensor = float[6, 1, 1] {0.1, -0.2, 0.3, 0.4, 1.0, 0.0}> () a = PRelu(c, k)",
+    "PReLU that rises faster on the left": f"{_SLOPES} a = PRelu(c, k)",
 }
 
 
