@@ -43,9 +43,10 @@ def is_constant(tensor: gs.Tensor) -> bool:
 
 
 def fill(tensor: gs.Tensor) -> tuple[np.ndarray, gs.Tensor | None] | None:
-    """The number that a tensor of run-time shape is filled with, and the tensor whose shape it has if it is known.
+    """What a tensor of run-time shape is filled with, and the tensor whose shape it has if that is known.
 
-    ``Expand(number, Shape(x))`` and ``ConstantOfShape(Shape(x))``, as ``full_like`` is exported.
+    ``Expand(number, Shape(x))`` and ``ConstantOfShape(Shape(x))``, as ``full_like`` is exported; and a vector of
+    channels that is expanded to be an index.
     """
     node = _producer(tensor)
     if node is None or node.domain not in STANDARD or node.op not in ("Expand", "ConstantOfShape"):
@@ -55,11 +56,11 @@ def fill(tensor: gs.Tensor) -> tuple[np.ndarray, gs.Tensor | None] | None:
     else:
         value = node.attrs.get("value")
         number = np.asarray(value.values) if isinstance(value, gs.Constant) else np.zeros(1, np.float32)
-    if number is None or number.size != 1:
+    if number is None or not one_axis(number.shape):
         return None
     maker = _producer(node.inputs[-1])
     known = maker is not None and maker.op == "Shape" and not {"start", "end"} & maker.attrs.keys()
-    return number.reshape(()), maker.inputs[0] if maker is not None and known else None
+    return number, maker.inputs[0] if maker is not None and known else None
 
 
 def draw(tensor: gs.Tensor) -> gs.Node | None:
@@ -69,13 +70,101 @@ def draw(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def read_inputs(node: gs.Node) -> list[gs.Tensor]:
-    """Inputs whose values a node reads: of the second input of CastLike it takes the type alone."""
-    return list(node.inputs[:1] if node.op == "CastLike" else node.inputs)
+    """Tensors whose values a node reads: of CastLike's second input the type alone, of an index its coordinates."""
+    if node.op == "CastLike":
+        return list(node.inputs[:1])
+    read = table_and_coordinates(node)
+    return read[1] if read else list(node.inputs)
+
+
+def table_and_coordinates(node: gs.Node) -> tuple[gs.Tensor, list[gs.Tensor]] | None:
+    """The constant table that a node reads, and the tensors that say where; None for any other node.
+
+    ``GatherND`` of an index that Unsqueeze, and Concat of several, make of one tensor an axis; and ``Reshape(Reshape(
+    Gather(table, index), -1), Shape(index))``, which the older exporter of torch makes of ``table[channel, index]``.
+    """
+    if node.domain not in STANDARD or node.op not in ("GatherND", "Reshape") or len(node.inputs) != 2:
+        return None
+    if node.op == "Reshape":
+        return _reshaped_gather(node)
+    shape, index = constant_shape(node.inputs[0]), _producer(node.inputs[1])
+    if not shape or 0 in shape or index is None or node.attrs.get("batch_dims", 0):
+        return None
+    columns = [index] if index.op == "Unsqueeze" else []
+    if index.op == "Concat" and index.attrs.get("axis") in (-1, _rank(index.outputs[0], 1) - 1):
+        columns = [column for tensor in index.inputs if (column := _producer(tensor)) is not None]
+    right = len(columns) == len(shape) and all(
+        column.op == "Unsqueeze" and _adds_last_axis(column) for column in columns
+    )
+    return (node.inputs[0], [column.inputs[0] for column in columns]) if right else None
+
+
+# From a coordinate to the read there are Unsqueeze and Concat, or Gather and two Reshape.
+_MOST_BETWEEN = 3
+
+
+def serves_tables(node: gs.Node, steps: int = _MOST_BETWEEN) -> bool:
+    """Whether a node reads shapes only, or does nothing but bring an index to where tables are read."""
+    if node.op == "Shape":
+        return True
+    if node.op not in ("Unsqueeze", "Concat", "Gather", "Reshape") or steps == 0:
+        return False
+    readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+    return bool(readers) and all(
+        table_and_coordinates(reader) is not None or serves_tables(reader, steps - 1) for reader in readers
+    )
+
+
+def _reshaped_gather(node: gs.Node) -> tuple[gs.Tensor, list[gs.Tensor]] | None:
+    flat, size = _producer(node.inputs[0]), _producer(node.inputs[1])
+    if size is None or size.op != "Shape" or {"start", "end"} & size.attrs.keys():
+        return None
+    if flat is not None and flat.op == "Reshape":
+        flat = _producer(flat.inputs[0])
+    if flat is None or flat.op != "Gather" or flat.attrs.get("axis", 0) != 0 or len(flat.inputs) != 2:
+        return None
+    shape = constant_shape(flat.inputs[0])
+    fits = shape is not None and math.prod(shape[1:]) == 1 and shape[0] > 0 and flat.inputs[1] is size.inputs[0]
+    return (flat.inputs[0], [flat.inputs[1]]) if fits else None
+
+
+def _adds_last_axis(node: gs.Node) -> bool:
+    """Whether an Unsqueeze puts one axis at the end."""
+    axes = constant_values(node.inputs[1]) if len(node.inputs) > 1 else np.asarray(node.attrs.get("axes", ()))
+    return axes is not None and axes.size == 1 and int(axes.reshape(-1)[0]) in (-1, _rank(node.inputs[0], 0))
+
+
+def _rank(tensor: gs.Tensor, unknown: int) -> int:
+    return unknown if tensor.shape is None else len(tensor.shape)
 
 
 def live_inputs(node: gs.Node) -> Iterator[gs.Tensor]:
     """Inputs of a node that carry data of the network."""
     return (t for t in read_inputs(node) if not (t.is_empty() or is_constant(t) or draw(t) is not None or fill(t)))
+
+
+# Side inputs of more elements are weights and embeddings, and are not searched for what repeats.
+_MOST_ELEMENTS = 1 << 20
+
+
+def varies_along_one_axis(tensor: gs.Tensor) -> bool:
+    """Whether a constant is a scalar or varies along one axis, by its shape or, of a small one, by its values."""
+    shape = constant_shape(tensor)
+    if shape is None or one_axis(shape):
+        return shape is not None
+    if not 0 < math.prod(shape) <= _MOST_ELEMENTS:
+        return False
+    values = constant_values(tensor)
+    return values is not None and one_axis(without_repeats(values).shape)
+
+
+def without_repeats(values: np.ndarray) -> np.ndarray:
+    """One entry for every axis along which nothing changes: constants of a whole shape are often folded fills."""
+    for axis in range(values.ndim):
+        first = values.take([0], axis)
+        if values.shape[axis] > 1 and (values == first).all():
+            values = first
+    return values
 
 
 def one_axis(shape: tuple[int, ...]) -> bool:

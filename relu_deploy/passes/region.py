@@ -18,7 +18,6 @@ from onnx import TensorProto
 from relu_deploy.passes.lower import LOWERINGS, Call, UnsupportedError
 from relu_deploy.passes.operands import (
     STANDARD,
-    constant_shape,
     constant_values,
     draw,
     fill,
@@ -28,6 +27,9 @@ from relu_deploy.passes.operands import (
     one_axis,
     onnx_type,
     read_inputs,
+    serves_tables,
+    varies_along_one_axis,
+    without_repeats,
 )
 from relu_deploy.passes.program import Builder, Program
 from relu_deploy.passes.tables import lower_table, reads_table
@@ -183,7 +185,7 @@ class Lowering:
             self._check_broadcast(tensor.name, values.shape)
         elif filled is not None:
             values, like = filled
-            if self._same_shape and (like is None or id(like) not in self._steps):
+            if self._same_shape and not self._has_shape_of_root(tensor, like):
                 raise UnsupportedError(f"{tensor.name} is filled at run time: the shape may change")
         elif drawn is not None:
             self._check_broadcast(tensor.name, tuple(drawn.attrs.get("shape", ())))
@@ -211,8 +213,16 @@ class Lowering:
         numbers = np.asarray(values, dtype=np.float64)
         if np.isnan(numbers).any():
             raise UnsupportedError(f"constant {name} holds NaN")
-        wide = [axis - values.ndim for axis, size in enumerate(values.shape) if size != 1]
+        numbers = numbers if one_axis(numbers.shape) else without_repeats(numbers)
+        wide = [axis - values.ndim for axis, size in enumerate(numbers.shape) if size != 1]
         return self.channels(numbers, wide[0] if wide else -1)
+
+    def _has_shape_of_root(self, tensor: gs.Tensor, like: gs.Tensor | None) -> bool:
+        """Whether a fill is shaped as a tensor of the region, by its making or by what is known of it."""
+        known = tensor.shape is not None and self._root.shape is not None
+        return (like is not None and id(like) in self._steps) or (
+            known and list(tensor.shape) == list(self._root.shape)
+        )
 
     def _check_broadcast(self, name: str, given: tuple[int, ...]) -> None:
         """Refuse a constant that may give the result another shape than the root."""
@@ -265,7 +275,7 @@ def _common(a: Cut, b: Cut) -> Cut | None:
 def _leaves(cut: Cut, outputs: set[int], inside: dict[int, Cut]) -> bool:
     """Whether anything but the region itself reads a tensor."""
     readers = cut.tensor.outputs
-    return id(cut.tensor) in outputs or any(id(node) not in inside for node in readers)
+    return id(cut.tensor) in outputs or any(id(node) not in inside and not serves_tables(node) for node in readers)
 
 
 def _is_integer_constant(tensor: gs.Tensor) -> bool:
@@ -285,5 +295,4 @@ def _is_elementwise(node: gs.Node) -> bool:
         or all(t.is_empty() or is_constant(t) for t in node.inputs)
     ):
         return False
-    shapes = (constant_shape(tensor) for tensor in node.inputs if is_constant(tensor))
-    return all(shape is not None and one_axis(shape) for shape in shapes)
+    return all(varies_along_one_axis(tensor) for tensor in node.inputs if is_constant(tensor))

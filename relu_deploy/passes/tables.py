@@ -1,7 +1,8 @@
 """Operators that read tables: elementwise where the table is a constant and the index is what varies.
 
 ``Gather`` and ``GatherND`` of a flat table (one function's, or those of all channels one after another, with the
-channel's offset in the index), ``GatherElements`` of a table a channel, and ``relu_deploy::PWLU`` with its parameters.
+channel's offset in the index) or at a channel and an index, ``GatherElements`` of a table a channel, and
+``relu_deploy::PWLU`` with its parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ import onnx_graphsurgeon as gs
 from relu_deploy.errors import ModelError
 from relu_deploy.ops import channel_axis, is_pwlu, read_pwlu
 from relu_deploy.passes.lower import UnsupportedError
-from relu_deploy.passes.operands import STANDARD, constant_shape, constant_values, is_constant
+from relu_deploy.passes.operands import (
+    STANDARD,
+    constant_shape,
+    constant_values,
+    is_constant,
+    live_inputs,
+    table_and_coordinates,
+)
 from relu_deploy.passes.program import Builder
 
 
@@ -38,9 +46,10 @@ def reads_table(node: gs.Node) -> bool:
         return len(node.inputs) == 6 and not is_constant(node.inputs[0]) and all(map(is_constant, node.inputs[1:]))
     if node.domain not in STANDARD or len(node.inputs) != 2:
         return False
-    if node.op == "Unsqueeze":
-        return _is_index_column(node)
-    if node.op not in ("Gather", "GatherND", "GatherElements") or is_constant(node.inputs[1]):
+    read = table_and_coordinates(node)
+    if read is not None:
+        return any(True for _ in live_inputs(node))
+    if node.op not in ("Gather", "GatherElements") or is_constant(node.inputs[1]):
         return False
     shape = constant_shape(node.inputs[0])
     if not shape or 0 in shape:
@@ -48,8 +57,6 @@ def reads_table(node: gs.Node) -> bool:
     if node.op == "GatherElements":
         axis = node.attrs.get("axis", 0) % len(shape)
         return sum(size != 1 for place, size in enumerate(shape) if place != axis) <= 1
-    if node.op == "GatherND" and (node.attrs.get("batch_dims", 0) or _unsqueezed(node.inputs[1]) is None):
-        return False
     return len(shape) == 1
 
 
@@ -61,16 +68,28 @@ def lower_table(node: gs.Node, scope: Scope) -> int:
     """
     if is_pwlu(node):
         return _lower_pwlu(node, scope)
-    if node.op == "Unsqueeze":
-        return scope.argument(node.inputs[0])
-    values = constant_values(node.inputs[0])
+    table, coordinates = table_and_coordinates(node) or (node.inputs[0], [node.inputs[1]])
+    values = constant_values(table)
     if values is None or values.dtype.kind not in "fiub":
-        raise UnsupportedError(f"table {node.inputs[0].name} is not of a numeric type")
-    index = scope.argument(node.inputs[1])
+        raise UnsupportedError(f"table {table.name} is not of a numeric type")
+    steps = [scope.argument(tensor) for tensor in coordinates]
+    if len(steps) > 1:
+        return _lower_grid(values, steps, scope.build)
+    (index,) = steps
     if node.op != "GatherElements":
         return scope.build.lookup(values, index)
     axis = node.attrs.get("axis", 0) % values.ndim
     return _lower_rows(np.moveaxis(values, axis, -1), _channel_axis_beside(values.shape, axis), index, scope)
+
+
+def _lower_grid(values: np.ndarray, steps: list[int], build: Builder) -> int:
+    """A table of several axes, read at one coordinate an axis; a negative one counts from the end of its axis."""
+    place = build.const(0.0)
+    for step, size in zip(steps, values.shape, strict=True):
+        wrapped = build.step("add", step, build.const(float(size)))
+        inside = build.step("select", build.step("gt", build.const(0.0), step), wrapped, step)
+        place = build.step("add", build.step("mul", place, build.const(float(size))), inside)
+    return build.lookup(values, place)
 
 
 def _lower_rows(values: np.ndarray, axis: int | None, index: int, scope: Scope) -> int:
@@ -131,21 +150,3 @@ def _lower_pwlu(node: gs.Node, scope: Scope) -> int:
 def _line(build: Builder, x: int, anchor: int, slope: int, height: int) -> int:
     """``(x - anchor) slope + height``."""
     return build.step("add", build.step("mul", build.step("add", x, build.neg(anchor)), slope), height)
-
-
-def _is_index_column(node: gs.Node) -> bool:
-    """An Unsqueeze at the end, which only makes indices for GatherND of flat tables."""
-    axes = constant_values(node.inputs[1])
-    rank = None if node.inputs[0].shape is None else len(node.inputs[0].shape)
-    if axes is None or axes.size != 1 or int(axes.reshape(-1)[0]) not in (-1, rank):
-        return False
-    readers = node.outputs[0].outputs
-    return bool(readers) and all(
-        reader.op == "GatherND" and len(constant_shape(reader.inputs[0]) or ()) == 1 for reader in readers
-    )
-
-
-def _unsqueezed(tensor: gs.Tensor) -> gs.Node | None:
-    """The Unsqueeze that makes a column of indices; None where something else makes it."""
-    node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-    return node if node is not None and node.op == "Unsqueeze" and _is_index_column(node) else None
