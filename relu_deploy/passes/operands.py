@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -69,14 +68,6 @@ def draw(tensor: gs.Tensor) -> gs.Node | None:
     return node if node is not None and node.domain in STANDARD and node.op == "RandomUniform" else None
 
 
-def read_inputs(node: gs.Node) -> list[gs.Tensor]:
-    """Tensors whose values a node reads: of CastLike's second input the type alone, of an index its coordinates."""
-    if node.op == "CastLike":
-        return list(node.inputs[:1])
-    read = table_and_coordinates(node)
-    return read[1] if read else list(node.inputs)
-
-
 def table_and_coordinates(node: gs.Node) -> tuple[gs.Tensor, list[gs.Tensor]] | None:
     """The constant table that a node reads, and the tensors that say where; None for any other node.
 
@@ -91,10 +82,10 @@ def table_and_coordinates(node: gs.Node) -> tuple[gs.Tensor, list[gs.Tensor]] | 
     if not shape or 0 in shape or index is None or node.attrs.get("batch_dims", 0):
         return None
     columns = [index] if index.op == "Unsqueeze" else []
-    if index.op == "Concat" and index.attrs.get("axis") in (-1, _rank(index.outputs[0], 1) - 1):
+    if index.op == "Concat" and index.attrs.get("axis") in (-1, rank_or(index.outputs[0], 1) - 1):
         columns = [column for tensor in index.inputs if (column := _producer(tensor)) is not None]
     right = len(columns) == len(shape) and all(
-        column.op == "Unsqueeze" and _adds_last_axis(column) for column in columns
+        column.op == "Unsqueeze" and adds_last_axis(column) for column in columns
     )
     return (node.inputs[0], [column.inputs[0] for column in columns]) if right else None
 
@@ -128,19 +119,15 @@ def _reshaped_gather(node: gs.Node) -> tuple[gs.Tensor, list[gs.Tensor]] | None:
     return (flat.inputs[0], [flat.inputs[1]]) if fits else None
 
 
-def _adds_last_axis(node: gs.Node) -> bool:
+def adds_last_axis(node: gs.Node) -> bool:
     """Whether an Unsqueeze puts one axis at the end."""
     axes = constant_values(node.inputs[1]) if len(node.inputs) > 1 else np.asarray(node.attrs.get("axes", ()))
-    return axes is not None and axes.size == 1 and int(axes.reshape(-1)[0]) in (-1, _rank(node.inputs[0], 0))
+    return axes is not None and axes.size == 1 and int(axes.reshape(-1)[0]) in (-1, rank_or(node.inputs[0], 0))
 
 
-def _rank(tensor: gs.Tensor, unknown: int) -> int:
+def rank_or(tensor: gs.Tensor, unknown: int) -> int:
+    """Number of axes of a tensor, or another number where that is not known."""
     return unknown if tensor.shape is None else len(tensor.shape)
-
-
-def live_inputs(node: gs.Node) -> Iterator[gs.Tensor]:
-    """Inputs of a node that carry data of the network."""
-    return (t for t in read_inputs(node) if not (t.is_empty() or is_constant(t) or draw(t) is not None or fill(t)))
 
 
 # Side inputs of more elements are weights and embeddings, and are not searched for what repeats.

@@ -23,15 +23,15 @@ from relu_deploy.passes.operands import (
     fill,
     is_constant,
     least_rank,
-    live_inputs,
     one_axis,
     onnx_type,
-    read_inputs,
     serves_tables,
     varies_along_one_axis,
     without_repeats,
 )
 from relu_deploy.passes.program import Builder, Program
+from relu_deploy.passes.reads import live_inputs, read_inputs
+from relu_deploy.passes.spread import Spread, spread_sum
 from relu_deploy.passes.tables import lower_table, reads_table
 
 __all__ = [
@@ -166,11 +166,43 @@ class Lowering:
         if reads_table(node):
             self._steps[id(node.outputs[0])] = lower_table(node, self)
             return
+        spread = spread_sum(node)
+        if spread is not None:
+            self._steps[id(node.outputs[0])] = self._sum(spread)
+            return
         args = [None if tensor.is_empty() else self.argument(tensor) for tensor in read_inputs(node)]
+        self._steps[id(node.outputs[0])] = self._call(node, args)
+
+    def _call(self, node: gs.Node, args: list[int | None]) -> int:
         types = [onnx_type(tensor) for tensor in node.inputs]
         integers = any(_is_integer_constant(tensor) for tensor in node.inputs)
         call = Call(self.build, args, node.attrs, types, onnx_type(self._root), integers, node.name)
-        self._steps[id(node.outputs[0])] = LOWERINGS[node.op](call)
+        return LOWERINGS[node.op](call)
+
+    def _sum(self, spread: Spread) -> int:
+        """Each term with its own slice of the constants, one after another."""
+        terms = []
+        for place in range(spread.terms):
+            steps = {id(spread.column): self.argument(spread.source)}
+            for node in spread.nodes:
+                args = [self._in_term(tensor, steps, place) for tensor in read_inputs(node)]
+                steps[id(node.outputs[0])] = self._call(node, args)
+            term = steps[id(spread.summand)]
+            if spread.weights is not None:
+                term = self.build.step("mul", term, self.build.const(float(spread.weights[place])))
+            terms.append(term)
+        return self.build.chain("add", terms)
+
+    def _in_term(self, tensor: gs.Tensor, steps: dict[int, int], place: int) -> int | None:
+        """A step of the term, or a constant at the term's place of the added axis."""
+        if tensor.is_empty() or id(tensor) in steps:
+            return steps.get(id(tensor))
+        values = constant_values(tensor)
+        if values is None:
+            raise UnsupportedError(f"{tensor.name} is neither constant nor a function of {self._root.name}")
+        part = values[..., min(place, values.shape[-1] - 1)] if values.ndim else values
+        self._check_broadcast(tensor.name, part.shape)
+        return self._constant(tensor.name, part)
 
     def finish(self, result: gs.Tensor) -> Program:
         """The program that ends in a tensor."""
@@ -287,7 +319,7 @@ def _is_elementwise(node: gs.Node) -> bool:
     """An elementwise node with one used output and side inputs that vary along one axis at most."""
     if not node.outputs or any(not t.is_empty() and t.outputs for t in node.outputs[1:]):
         return False
-    if reads_table(node):
+    if reads_table(node) or spread_sum(node) is not None:
         return True
     if (
         node.op not in LOWERINGS

@@ -22,10 +22,10 @@ from relu_deploy.passes.operands import (
     constant_shape,
     constant_values,
     is_constant,
-    live_inputs,
     table_and_coordinates,
 )
 from relu_deploy.passes.program import Builder
+from relu_deploy.passes.reads import live_inputs
 
 
 class Scope(Protocol):

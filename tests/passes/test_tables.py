@@ -122,7 +122,9 @@ def graph_of(body: str, constants: dict[str, np.ndarray], shape: str, *, opset: 
     return model
 
 
-def spelled(form: str, p: dict[str, np.ndarray], column: tuple[int, ...]) -> tuple[str, dict[str, np.ndarray]]:
+def spelled(  # noqa: C901 - one spelling an if
+    form: str, p: dict[str, np.ndarray], column: tuple[int, ...]
+) -> tuple[str, dict[str, np.ndarray]]:
     """Body and constants of a PWLU as different exporters would write it; channels are along ``column``."""
     slopes, offsets = lines(p)
     channels, segments = slopes.shape
@@ -144,6 +146,12 @@ def spelled(form: str, p: dict[str, np.ndarray], column: tuple[int, ...]) -> tup
         bounds = {"lo": np.array(0), "hi": np.array(n + 1), "one": np.array(1)}
         body = f"{place} f = Floor(b) j = Cast <to = 7> (f) g = Add(j, one) h = Min(g, hi) q = Max(h, lo) i = Add(q, c) {read}"
         return body, {**per, **bounds, **rows, "c": offset}
+    if form == "gather at a channel and an index":
+        body = (f"{place} f = Floor(b) g = Add(f, one) h = Clip(g, lo, hi) j = Cast <to = 7> (h) v = Shape(j) e = Expand(r, v) "
+                "e1 = Unsqueeze(e, last) j1 = Unsqueeze(j, last) i = Concat <axis = -1> (e1, j1) s = GatherND(k, i) "
+                "t = GatherND(z, i) m = Mul(s, x) y = Add(m, t)")  # fmt: skip
+        both = {"k": slopes, "z": offsets, "r": np.arange(channels).reshape(column), "last": np.array([-1])}
+        return body, {**per, **ends, **both}
     if form == "where on the index":
         body = (f"{place} f = Floor(b) g = Add(f, one) u = Less(x, l) v = Where(u, lo, g) w = GreaterOrEqual(x, r) h = Where(w, hi, v) "
                 f"j = Cast <to = 7> (h) i = Add(j, c) {read}")  # fmt: skip
@@ -167,6 +175,17 @@ def spelled(form: str, p: dict[str, np.ndarray], column: tuple[int, ...]) -> tup
         for i in range(n + 1):
             constants |= {f"p{i}": (p["left"] + i * step).reshape(column), f"k{i}": bends[:, i].reshape(column)}
         return f"t = Mul(x, k) t0 = Add(t, z) {parts} y = Identity(t{n + 1})", constants
+    if form in ("hinge sum over an axis", "hinge sum by a product"):
+        bends, points = np.diff(slopes), p["left"][:, None] + step[:, None] * np.arange(n + 1)
+        wide = (*column, n + 1)
+        constants = {"k": slopes[:, 0].reshape(column), "z": offsets[:, 0].reshape(column), "p": points.reshape(wide)}
+        constants |= {"last": np.array([-1]), "b": bends.reshape(wide)}
+        head = "t = Mul(x, k) t0 = Add(t, z) u = Unsqueeze(x, last) a = Sub(u, p) r = Relu(a)"
+        if form == "hinge sum over an axis":
+            return f"{head} m = Mul(r, b) s = ReduceSum <keepdims = 0> (m, last) y = Add(t0, s)", constants
+        # A vector is the same for all channels, so each hinge is scaled before it bends: k relu(v) = sign(k) relu(|k| v).
+        constants |= {"b": np.abs(bends).reshape(wide), "w": np.sign(bends[0])}
+        return f"{head.replace('r = Relu(a)', 'f = Mul(a, b) r = Relu(f)')} s = MatMul(r, w) y = Add(t0, s)", constants
     if form == "where chain":
         constants = {}
         parts = [f"m{n + 1} = Mul(x, k{n + 1}) w{n + 1} = Add(m{n + 1}, z{n + 1})"]
@@ -183,7 +202,8 @@ def spelled(form: str, p: dict[str, np.ndarray], column: tuple[int, ...]) -> tup
 
 FORMS = (
     "gather, clipped as float", "gather, clipped under the floor, int32", "gather, clipped as integer by Min and Max",
-    "where on the index", "counted thresholds", "hinge sum", "where chain",
+    "where on the index", "counted thresholds", "hinge sum", "where chain", "hinge sum over an axis",
+    "gather at a channel and an index",
 )  # fmt: skip
 
 
@@ -271,6 +291,28 @@ def test_a_unit_whose_lines_do_not_meet_is_not_called_accurate():
     after, report = rewrite(model, collapse_tolerance=0.02)
     assert "Gather" in [node.op_type for node in after.graph.node]
     assert any("not accurate" in skip.reason for entry in report.passes for skip in entry.skipped)
+
+
+def test_a_sum_by_a_product_is_a_sum_too():
+    p = pwlu(1, 4, seed=2)
+    found, axis = exact(graph_of(*spelled("hinge sum by a product", p, (1,)), "N,5,3"))
+    plain, _ = exact(graph_of(*spelled("hinge sum", p, (1,)), "N,5,3"))
+    assert axis is None
+    for x in (Fraction(n, 4) for n in range(-40, 41)):
+        assert float(found[0](x)) == pytest.approx(float(plain[0](x)), abs=1e-5)
+
+
+@pytest.mark.parametrize("body", [
+    "u = Unsqueeze(x, last) a = Sub(u, p) r = Relu(a) y = ReduceSum <keepdims = 0> (r, first)",
+    "u = Unsqueeze(x, last) a = Sub(u, p) r = Softmax(a) y = ReduceSum <keepdims = 0> (r, last)",
+    "u = Unsqueeze(x, last) a = Sub(u, p) r = Relu(a) y = ReduceMax <keepdims = 0> (r, last)",
+    "u = Unsqueeze(x, first) a = Sub(u, p) r = Relu(a) y = ReduceSum <keepdims = 0> (r, last)",
+])  # fmt: skip
+def test_other_reductions_end_a_region(body):
+    model = graph_of(body, {"p": np.arange(4.0), "last": np.array([-1]), "first": np.array([0])}, "4,4")
+    graph = import_graph(model)
+    annotate(graph, model)
+    assert not any(cut.parent and cut.tensor.name == "y" for cut in Functions(graph).forest.cuts.values())
 
 
 def test_gather_elements_reads_one_row_a_channel_and_counts_negative_indices_from_its_end():
