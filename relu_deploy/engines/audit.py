@@ -60,7 +60,7 @@ class Activation:
 
 
 # How passes name the nodes that stand for one activation which has no operator of its own.
-_PARTS = re.compile(r"(?P<unit>.+)/(?:(?P<hinges>hinge_\d+)/\w+|(?P<table>(?:slopes/)?found))")
+_PARTS = re.compile(r"(?P<unit>.+?)/(?:(?P<hinges>hinge_\d+)/\w+|(?:(?:slopes|offsets)/)?found)")
 
 
 def part_of(name: str) -> tuple[str, str] | None:
