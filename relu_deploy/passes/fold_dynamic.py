@@ -20,6 +20,7 @@ from calib.session import open_session, with_outputs
 from relu_deploy.graph import export_graph, import_graph
 from relu_deploy.passes.approximate import Drift
 from relu_deploy.passes.fold_dyrelu import Folded, fold_units
+from relu_deploy.passes.recognise import recognise_pwlu
 from relu_deploy.passes.shapes import annotate
 from relu_deploy.passes.verify import Feed, difference, random_feeds
 from relu_deploy.report import PassReport
@@ -79,6 +80,19 @@ def fold_dynamic(
     annotate(graph, model)
     report, units = fold_units(graph, ranges, tolerance=tolerance)
     return (export_graph(graph, model) if units else model), report, units
+
+
+def gather_static(model: onnx.ModelProto, units: Sequence[Folded]) -> tuple[onnx.ModelProto, PassReport]:
+    """Make what is left of folded units one PWLU each, which the passes for those make PReLU, hinges or a table.
+
+    Args:
+        model: Not changed.
+        units: Those that were folded in it.
+    """
+    graph = import_graph(model)
+    annotate(graph, model)
+    report = recognise_pwlu(graph, fewest_bends=1, of={unit.input for unit in units})
+    return (export_graph(graph, model) if report.changed else model), report
 
 
 def check_folding(tolerance: float, ranges: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Container
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from relu_deploy.passes.polyline import Polyline
 from relu_deploy.passes.pwl import PiecewiseLinear
 from relu_deploy.passes.pwlu import largest_error, polylines
 from relu_deploy.passes.spans import Span, find_spans
+from relu_deploy.passes.spread import spread_sum
 from relu_deploy.report import PassReport, Skip
 
 Array = npt.NDArray[np.float64]
@@ -37,13 +39,17 @@ _OFF_GRID = 1e-3
 _ROUNDING = 2.0**-19
 
 
-def recognise_pwlu(graph: gs.Graph, *, for_file: bool = True) -> PassReport:
+def recognise_pwlu(
+    graph: gs.Graph, *, for_file: bool = True, fewest_bends: int = _FEWEST_BENDS, of: Container[str] | None = None
+) -> PassReport:
     """Replace regions that are a PWLU by one node with its parameters in float32.
 
     Args:
         graph: Sorted topologically, with types and shapes where they are known. Edited in place; nodes that nobody
             needs any more are left for ``cleanup``.
         for_file: The graph is to be written with these nodes, which takes an opset that can spell their definition.
+        fewest_bends: Of the channel that has most; less than this stays as it is.
+        of: Names of the tensors whose functions are looked at; None: all.
 
     Returns:
         Changed: the nodes whose output a PWLU now makes; notes give N and the largest error of the new parameters.
@@ -55,11 +61,15 @@ def recognise_pwlu(graph: gs.Graph, *, for_file: bool = True) -> PassReport:
     functions, names = Functions(graph), Names(graph)
     for span in find_spans(functions):
         node = span.bottom.node
-        if node is None or span.program is None or span.label.kind not in _KINDS or len(span.nodes) < 2:
+        if node is None or span.program is None or span.label.kind not in _KINDS:
+            continue
+        if len(span.nodes) < 2 and spread_sum(node) is None:  # one node that is a whole expression, or an operator
+            continue
+        if of is not None and span.top.tensor.name not in of:
             continue
         try:
             lines = [_polyline(functions.exact(span.program, channel)) for channel in range(span.channels)]
-            if max(line.bends for line in lines) < _FEWEST_BENDS:
+            if max(line.bends for line in lines) < fewest_bends:
                 continue
             _check_opset(graph.opset if for_file else ops.DEFINITION_OPSET)
             function, error = _on_grid(lines)

@@ -19,7 +19,16 @@ from relu_deploy.passes.bernoulli import spell_out_bernoulli
 from relu_deploy.passes.certificate import is_exact
 from relu_deploy.passes.collapse_within import collapse_within
 from relu_deploy.passes.domain import Domains
-from relu_deploy.passes.fold_dynamic import Folding, check_folding, describe_folding, fold_dynamic, measure_folding
+from relu_deploy.passes.dyrelu_spell import spell_dyrelu
+from relu_deploy.passes.fold_dynamic import (
+    Folding,
+    check_folding,
+    describe_folding,
+    fold_dynamic,
+    gather_static,
+    measure_folding,
+)
+from relu_deploy.passes.fold_dyrelu import Folded
 from relu_deploy.passes.prelu import spell_prelu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
 from relu_deploy.passes.recognise import recognise_pwlu
@@ -115,10 +124,13 @@ def rewrite(
         )
     options = _Check(verify, samples, seed)
     result, report = _rewrite_exactly(model, options)
+    units: tuple[Folded, ...] = ()
     if fold_tolerance is not None and isinstance(domain, Ranges):
-        result, report = _fold_dynamic(result, report, fold_tolerance, domain, options)
+        result, report, units = _fold_dynamic(result, report, fold_tolerance, domain, options)
     if collapse_tolerance is not None:
         result, report = _collapse_within(result, report, collapse_tolerance, domains, options)
+    if units:  # after collapsing, since it moves scales and shifts into layers, whose ranges are then unknown
+        result, report = _gather_static(result, report, units, options)
     if target is not None:
         same = report.approximation is None and report.folding is None
         result, report = _spell(result, report, target, options, reference=model if same else result)
@@ -128,7 +140,8 @@ def rewrite(
 def spell(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, tuple[PassReport, ...]]:
     """Spell activations that have no quick operator of their own in those that suit a target.
 
-    Learned activations that :func:`rewrite` left as one node each; for ``ort`` also PReLU with slopes for channels.
+    Learned activations that :func:`rewrite` left as one node each; for ``ort`` also PReLU with slopes for channels and
+    DY-ReLU.
 
     Args:
         model: Not changed.
@@ -146,7 +159,7 @@ def spell(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, tupl
         recognise_pwlu(graph, for_file=False)
     reports = [spell_pwlu(graph, target)]
     if target == "ort":
-        reports.append(spell_prelu(graph))
+        reports += [spell_prelu(graph), spell_dyrelu(graph)]
     if not any(report.changed for report in reports):
         return model, tuple(reports)
     result = export_graph(graph, model)
@@ -186,26 +199,38 @@ def _rewrite_exactly(model: onnx.ModelProto, options: _Check) -> tuple[onnx.Mode
 
 def _fold_dynamic(
     model: onnx.ModelProto, report: RewriteReport, tolerance: float, ranges: Ranges, options: _Check
-) -> tuple[onnx.ModelProto, RewriteReport]:
+) -> tuple[onnx.ModelProto, RewriteReport, tuple[Folded, ...]]:
     """Make dynamic units static, measure what that changes, and clean up exactly behind it."""
     static, found, units = fold_dynamic(model, ranges, tolerance)
-    if not units:
-        folding = describe_folding((), tolerance)
-        return model, dataclasses.replace(report, passes=tuple(_join(list(report.passes), [found])), folding=folding)
     folding = describe_folding(units, tolerance)
+    if not units:
+        passes = tuple(_join(list(report.passes), [found]))
+        return model, dataclasses.replace(report, passes=passes, folding=folding), ()
     if options.verify:
         folding = measure_folding(model, static, units, tolerance, samples=options.samples, seed=options.seed)
-    result, cleaned = _apply(static)
+    result, report = _clean(static, report, found, options)
+    return result, dataclasses.replace(report, exact=False, folding=folding), units
+
+
+def _gather_static(
+    model: onnx.ModelProto, report: RewriteReport, units: tuple[Folded, ...], options: _Check
+) -> tuple[onnx.ModelProto, RewriteReport]:
+    """Find the cheapest form of what is left of static units."""
+    gathered, found = gather_static(model, units)
+    return _clean(gathered, report, found, options, like=model) if found.changed else (model, report)
+
+
+def _clean(
+    model: onnx.ModelProto, report: RewriteReport, found: PassReport, options: _Check,
+    like: onnx.ModelProto | None = None,
+) -> tuple[onnx.ModelProto, RewriteReport]:  # fmt: skip
+    """The exact passes behind another one, checked against ``like`` or ``model``."""
+    result, cleaned = _apply(model)
     check_model(result, "the rewritten network")
     if options.verify:
-        _verify(static, result, all(_is_exact(entry) for entry in cleaned), options)
-    return result, dataclasses.replace(
-        report,
-        passes=tuple(_join(_join(list(report.passes), [found]), cleaned)),
-        nodes_after=len(result.graph.node),
-        exact=False,
-        folding=folding,
-    )
+        _verify(like or model, result, like is None and all(_is_exact(entry) for entry in cleaned), options)
+    passes = tuple(_join(_join(list(report.passes), [found]), cleaned))
+    return result, dataclasses.replace(report, passes=passes, nodes_after=len(result.graph.node))
 
 
 def _collapse_within(

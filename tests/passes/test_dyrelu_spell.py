@@ -20,7 +20,7 @@ from relu_deploy.int8.drift import measure_drift
 from relu_deploy.int8.run import quantize
 from relu_deploy.passes.dyrelu import find_dyrelu
 from relu_deploy.passes.dyrelu_spell import spell_dyrelu
-from relu_deploy.passes.run import rewrite
+from relu_deploy.passes.run import rewrite, spell
 from relu_deploy.passes.shapes import annotate
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'relu-deploy[torch]'")
@@ -96,6 +96,14 @@ def test_whatever_is_open(variant, dynamic, tmp_path):
     batch = 5 if 0 in dynamic else units.IMAGE[0]
     rest = (9, 7) if 2 in dynamic else units.IMAGE[2:]
     same(model, result, units.IMAGE, (batch, 8, *rest))
+
+
+def test_float_networks_for_onnx_runtime_get_it_too(tmp_path):
+    model = exported(units.Images(DyReLU(8, "B")), units.IMAGE, tmp_path)
+    for target, lines in (("ort", 2), ("tensorrt-rtx", 0)):
+        result, _ = spell(model, target)
+        assert count_ops(result).get("BatchNormalization", 0) == lines
+        same(model, result, (3, 8, 6, 5))
 
 
 def test_one_channel(tmp_path):
