@@ -185,6 +185,23 @@ def test_a_side_constant_must_match_a_known_axis():
     assert collapse(model)[0] == ["Relu"]
 
 
+def test_a_constant_of_the_whole_shape_counts_as_what_it_repeats():
+    """As exporters fold ``zeros_like`` and ``full_like`` where shapes are fixed."""
+    zeros, ones = np.zeros((2, 4), np.float32), np.ones((2, 4), np.float32)
+    for values, body, expected in (
+        (zeros, "y = Max(x, w)", ["Relu"]), (ones, "r = Relu(x) y = Mul(r, w)", ["Relu"]),
+        (zeros + np.arange(4, dtype=np.float32), "y = Max(x, w)", ["Max"]),
+        (np.array([[0, 0, 0, 0], [0, 0, 0, 1]], np.float32), "y = Max(x, w)", ["Max"]),
+    ):  # fmt: skip
+        model = parse(body, shape="2,4")
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
+        assert collapse(model)[0] == expected
+    wider = parse("y = Max(x, w)", shape="1,4")  # here the constant makes the result wider
+    wider.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2
+    wider.graph.initializer.append(onnx.numpy_helper.from_array(zeros, "w"))
+    assert collapse(wider)[0] == ["Max"]
+
+
 @pytest.mark.parametrize("kind", ["float16", "double", "bfloat16"])
 def test_other_float_types(kind):
     model = parse(f"{SILU} r = Relu(x) p = Mul(a, z) y = Add(p, r)", init=f"{kind} z = {{0}}", kind=kind)
