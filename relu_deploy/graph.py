@@ -118,8 +118,11 @@ def check_model(model: onnx.ModelProto, source: Path | str) -> None:
     Raises:
         ModelError: the checker refused it.
     """
-    # The checker knows only the standard operators; a graph with others is checked as far as they allow.
-    foreign = any(node.domain not in (*STANDARD_DOMAINS, "ai.onnx.ml") for node in all_nodes(model.graph))
+    # The checker knows only the standard operators, and ours by their definition; a graph with others is checked as far
+    # as they allow.
+    defined = {function.domain for function in model.functions if function.domain == ops.DOMAIN}
+    known = (*STANDARD_DOMAINS, "ai.onnx.ml", *defined)
+    foreign = any(node.domain not in known for node in all_nodes(model.graph))
     try:
         if fits_one_message(model):
             onnx.checker.check_model(model, full_check=not foreign)
