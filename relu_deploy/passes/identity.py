@@ -147,7 +147,7 @@ class _Signs:
         """Whether the sign of a zero can be seen, but for the sign of zeros in outputs of the network."""
         if self._blind is None:
             self._blind = set()
-            for node in reversed(self._graph.nodes):
+            for node in reversed([node for node in self._graph.nodes if node.outputs]):  # others are cut off already
                 if not _sees_sign(node) and not any(self._reaches(output) for output in node.outputs):
                     self._blind.add(id(node))
         return self._reaches(tensor)

@@ -41,7 +41,7 @@ from relu_deploy.graph import (
 from relu_deploy.passes import PIPELINE
 from relu_deploy.passes.run import _EXACT
 from relu_deploy.passes.shapes import annotate
-from relu_deploy.passes.verify import ROUNDING_TOLERANCE, computes_in_half, random_feeds
+from relu_deploy.passes.verify import ROUNDING_TOLERANCE, compare, computes_in_half, random_feeds
 
 Pass = Callable[..., Any]
 
@@ -233,25 +233,25 @@ def check(case: Case, function: Pass) -> str:
         wanted = open_session(case.model, threads=1).run(None, case.feeds)
     except (*RUNTIME_ERRORS, KeyError):
         return "not comparable"  # ONNX Runtime does not run the original
+    if function.__name__ not in _EXACT:  # the runner's own comparison, which knows how a network amplifies rounding
+        return "equal" if compare(case.model, after, exact=False, samples=[case.feeds]).samples else "not comparable"
     got = open_session(after, threads=1).run(None, {i: case.feeds[i] for i in case.feeds})
     for old, new in zip(wanted, got, strict=True):
-        _compare(old, new, exact=function.__name__ in _EXACT, half=computes_in_half(case.model), name=name)
+        _compare(old, new, half=computes_in_half(case.model), name=name)
     return "equal"
 
 
-def _compare(old: Any, new: Any, *, exact: bool, half: bool, name: str) -> None:
+def _compare(old: Any, new: Any, *, half: bool, name: str) -> None:
+    """Bit for bit, NaN like NaN; to float16's rounding where anything is in float16."""
     if not isinstance(old, np.ndarray) or old.dtype.kind not in "fiub":
         assert str(old) == str(new), name
         return
     assert (old.dtype, old.shape) == (new.dtype, new.shape), name
-    if (exact and not half) or old.dtype.kind != "f":
+    if not half or old.dtype.kind != "f":
         np.testing.assert_array_equal(new, old, err_msg=name)
         return
-    finite = np.isfinite(old)
-    bound = ROUNDING_TOLERANCE["float16" if half else str(old.dtype)] * float(
-        np.abs(old[finite].astype(np.float64)).max(initial=0)
-    )
-    np.testing.assert_allclose(new, old, rtol=0, atol=bound, err_msg=name)
+    largest = float(np.abs(old[np.isfinite(old)].astype(np.float64)).max(initial=0))
+    np.testing.assert_allclose(new, old, rtol=0, atol=ROUNDING_TOLERANCE["float16"] * largest, err_msg=name)
 
 
 def _fate(case: Case, function: Pass) -> tuple[str, str]:

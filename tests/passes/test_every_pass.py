@@ -1,6 +1,6 @@
 """Every pass of the pipeline on every model: onnx's checker passes, outputs are equal, a second run changes nothing.
 
-Here every ninth of onnx's single-operator models; ``sweep.py`` beside this file runs all.
+Here every eleventh of onnx's single-operator models; ``sweep.py`` beside this file runs all.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def test_the_small_graphs_give_every_pass_something_to_do(small, function):
 
 
 def test_single_operators():
-    fates = [sweep.check(case, function) for case in sweep.operators(step=9) for function in PIPELINE]
-    assert fates.count("equal") > 100  # most of them where operands are constant: fold_constants
-    assert len(fates) > 400 * len(PIPELINE)
+    fates = [sweep.check(case, function) for case in sweep.operators(step=11) for function in PIPELINE]
+    assert fates.count("equal") > 80  # most of them where operands are constant: fold_constants
+    assert len(fates) > 350 * len(PIPELINE)
 
 
 @pytest.mark.models

@@ -241,6 +241,15 @@ def test_plus_zero_goes_only_where_nobody_sees_the_sign_of_a_zero(parse, behind,
         assert "-0.0" in report.skipped[0].reason
 
 
+def test_signs_are_looked_for_when_nodes_are_gone_already(parse, prove, ops):
+    model = parse(
+        "(float[4] x) => (float[4] y) { t = Tanh(x) a = Div(t, one) b = Pow(a, one) c = Add(b, zero) y = Sin(c) }",
+        one=np.float32(1),
+        zero=np.float32(0),
+    )
+    assert ops(prove(model, remove_identities, within=0)[0]) == ["Tanh", "Sin"]
+
+
 def test_plus_zero_of_integers_goes(parse, prove, ops):
     model = parse(
         "(int64[4] x) => (int64[4] y) { t = Neg(x) a = Add(zero, t) b = Sub(a, zero) c = Mul(b, one) d = Div(c, one) y = Abs(d) }",

@@ -166,6 +166,27 @@ def test_the_comparison_finds_a_wrong_network():
     assert compare(right, close, exact=False).outputs[0].error > 0
 
 
+FAR = """<ir_version: 8, opset_import: ["": 17]> g (float[4, 4] x) => (float[4, 4] y)
+<float c = {{{}}}, float d = {{{}}}> {{ a = Sub(x, c) b = Sub(a, d) y = Sigmoid(b) }}"""
+
+
+def test_a_sigmoid_far_out_is_noise():
+    """Its kernel gives multiples of a unit of 1: where all is 1e-7, rounding in front of it changes a part of that."""
+    right, same, wrong = (parse(FAR.format(*pair)) for pair in (("16", "0"), ("5.3", "10.7"), ("14", "0")))
+    samples = [{"x": np.linspace(-0.5, 0.5, 16, dtype=np.float32).reshape(4, 4)}]
+    check = compare(right, same, exact=False, samples=samples)
+    assert 1e-4 < check.outputs[0].error <= check.outputs[0].allowed
+    with pytest.raises(CheckFailedError, match="output 'y'"):
+        compare(right, wrong, exact=False, samples=samples)
+
+
+def test_a_number_of_hits_that_rounding_changes_is_compared_as_it_is():
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[4] x) => (int64[1, N] y) <float one = {1}>
+    { m = GreaterOrEqual(x, one) y = NonZero(m) }"""
+    same = [{"x": np.array([1, 1, 2, 0], np.float32)}]
+    assert compare(parse(text), parse(text), exact=False, samples=same).outputs[0].error == 0
+
+
 def test_given_samples_are_used():
     right, other = parse(BASE.format("y = Relu(x)")), parse(BASE.format("y = Abs(x)"))
     positive = [{"x": np.ones((1, 4), np.float32)}]
