@@ -169,3 +169,56 @@ def test_dead_nodes_go():
     assert fold(model, remove_dead_nodes).changed == ("Tanh_0", "Sin_1")
     after, _ = rewrite(model)
     assert [i.name for i in after.graph.input] == ["x", "unused"]
+
+
+def test_shapes_that_become_known_while_folding_are_used_at_once():
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[2, 6] x) => (float[A, B] y)
+    <int64[1] two = {2}, int64[1] six = {6}, int64[2] parts = {1, 1}> {
+      t = Concat <axis = 0> (six, two) r = Reshape(x, t) a, b = Split <axis = 1> (r, parts) k = Shape(a) y = Reshape(b, k) }"""
+    model = onnx.parser.parse_model(text)
+    graph = import_graph(model)  # not annotated: nothing is known of what is behind the first Reshape
+    report = fold_constants(graph)
+    assert {"Concat_0", "Shape_3"} <= set(report.changed), report
+    assert fold_constants(graph).changed == ()
+
+
+def test_bfloat16_constants_are_not_computed_with():
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (bfloat16[2] y) { c = Cast <to = 16> (k) d = Add(c, c) z = Cast <to = 16> (x) y = Mul(z, d) }'
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([1, 2]), "k"))
+    report = fold(model, fold_constants)
+    assert report.changed == ()
+    assert "of a type that is not computed with here" in report.skipped[0].reason
+
+
+def test_sequences_stay_sequences_in_a_network_that_changes():
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[2, 4] x) => (float[2, 2] y) <int64 at = {1}, int64[2] parts = {2, 2}>
+    { i = Identity(x) s = SplitToSequence <axis = 1> (i, parts) y = SequenceAt(s, at) }"""
+    after, report = rewrite(onnx.parser.parse_model(text))
+    assert len(after.graph.node) == 2
+    assert report.verification is not None
+    assert report.verification.samples == 3
+
+
+def test_a_declared_output_shape_survives_an_entry_without_one():
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 4] x) => (float[N, 4] y) { i = Identity(x) y = Tanh(i) }'
+    )
+    model = onnx.parser.parse_model(text)
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None))
+    after, _ = rewrite(model)
+    assert [d.dim_param or d.dim_value for d in after.graph.output[0].type.tensor_type.shape.dim] == ["N", 4]
+
+
+def test_exact_changes_of_a_float16_network_are_not_asked_for_bits_that_the_runtime_itself_changes():
+    """Without the Identity, ONNX Runtime no longer rounds to float16 between the two."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float16[64] x) => (float16[64] y)
+    { a = Exp(x) b = Identity(a) c = Log(b) d = Identity(c) y = Exp(d) }"""
+    model = onnx.parser.parse_model(text)
+    after, report = rewrite(model)
+    assert [n.op_type for n in after.graph.node] == ["Exp", "Log", "Exp"]
+    assert report.exact
+    assert report.verification is not None
+    assert report.verification.samples >= 1
+    assert report.verification.outputs[0].allowed > 0
