@@ -92,6 +92,7 @@ class _Search:
             if last or 2 * open_.sum() > self.budget:
                 open_[:] = False
             np.maximum.at(self.upper, self.channel[~open_], ceiling[~open_])
+            open_ &= np.isfinite(self.upper[self.channel])  # a channel without a bound at one point has none
             if not open_.any():
                 break
             self._halve(open_)

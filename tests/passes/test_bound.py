@@ -202,6 +202,16 @@ def test_overflow_between_two_steps_is_refused_although_real_arithmetic_has_no_q
     assert isinstance(certify(b.finish(far), 0.1, -1, 1e6), Certificate)
 
 
+def test_what_has_no_bound_is_not_searched_for_long():
+    b = Builder()
+    x = b.step("x")
+    program = minus_relu(b.finish(b.fn("exp", b.step("mul", x, x))))
+    largest = np.array([FLOAT32.largest])
+    start = time.perf_counter()
+    assert math.isinf(largest_magnitude(program, -largest, largest)[0])
+    assert time.perf_counter() - start < 1  # takes 3 ms
+
+
 def test_channels_are_bounded_each_on_its_own_domain():
     gammas = np.array([0.5, 0.01, 0.25])
     program = blend(ACTS["silu"], gammas)
