@@ -29,7 +29,7 @@ from relu_deploy.passes.reads import live_inputs
 
 
 class Scope(Protocol):
-    """Where a node is lowered: :class:`relu_deploy.passes.region.Lowering`."""
+    """Where a node is lowered: :class:`relu_deploy.passes.assemble.Assembly`."""
 
     build: Builder
 
