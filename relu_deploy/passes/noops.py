@@ -23,6 +23,7 @@ from relu_deploy.passes.edit import (
     least_rank,
     producer_of,
 )
+from relu_deploy.passes.extents import extents
 from relu_deploy.passes.region import onnx_type
 
 Rule = Callable[[gs.Node], "gs.Tensor | None"]
@@ -106,7 +107,7 @@ def permutation(node: gs.Node) -> list[int] | None:
 
 
 def reshape(node: gs.Node) -> gs.Tensor | None:
-    """The shape was there already, here or up to three reshaping nodes before."""
+    """The shape was there already, here or some reshaping nodes before."""
     if (undone := _undone(node)) is not None:
         return undone
     if node.op == "Reshape" and _keeps_shape(node):
@@ -143,22 +144,25 @@ def _undone(node: gs.Node) -> gs.Tensor | None:
 
 
 def _keeps_shape(node: gs.Node) -> bool:
-    """Whether a Reshape to constants gives the shape it is given, though part of that is open."""
-    target, shape = int_values(node, "shape", 1), dims(node.inputs[0])
+    """Whether a Reshape gives the shape it is given, though part of that is open."""
+    target, shape = extents(node.inputs[1]) if len(node.inputs) > 1 else None, dims(node.inputs[0])
     if target is None or shape is None or len(target) != len(shape) or 0 in shape:
         return False
     copied = 0 if not node.attrs.get("allowzero", 0) else None
-    open_axes = [
-        i for i, (size, given_size) in enumerate(zip(shape, target, strict=True)) if given_size not in (size, copied)
-    ]
+    own = [(id(node.inputs[0]), axis) for axis in range(len(shape))]
+    pairs = enumerate(zip(shape, target, own, strict=True))
+    open_axes = [axis for axis, (size, asked, itself) in pairs if asked not in (size, copied, itself)]
     return not open_axes or (len(open_axes) == 1 and target[open_axes[0]] == -1)
 
 
 def expand(node: gs.Node) -> gs.Tensor | None:
     """To what is there already."""
-    target, shape = int_values(node, "shape", 1), dims(node.inputs[0])
-    if shape is not None and target is not None and fits_into(target, shape):
-        return node.inputs[0]
+    source = node.inputs[0]
+    target, shape = extents(node.inputs[1]), dims(source)
+    if shape is not None and target is not None and len(target) <= len(shape):
+        ahead = len(shape) - len(target)
+        if all(asked in (1, shape[ahead + i], (id(source), ahead + i)) for i, asked in enumerate(target)):
+            return source
     wanted = known_shape(node.outputs[0])
     return node.inputs[0] if wanted is not None and wanted == known_shape(node.inputs[0]) else None
 

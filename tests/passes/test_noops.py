@@ -165,6 +165,49 @@ def test_two_that_do_not_cancel_become_one(parse, prove, ops):
     assert ops(prove(model, remove_identities, within=0)[0]) == ["Tanh", "Transpose", "Reshape", "Sin"]
 
 
+OWN = {
+    "shape": "u = Reshape(t, s)",
+    "gathered": "g = Gather(s, zero) h = Unsqueeze(g, axis) i = Gather(s, one) j = Unsqueeze(i, axis) k = Concat <axis = 0> (h, j) u = Reshape(t, k)",
+    "gathered from the end": "g = Gather(s, minus) k = Concat <axis = 0> (any, g) u = Reshape(t, k)",
+    "sliced": "g = Slice(s, axis, ones) h = Slice(s, ones, twos) k = Concat <axis = 0> (g, h) u = Reshape(t, k)",
+    "expanded": "u = Expand(t, s)",
+    "swapped": "g = Gather(s, swap) u = Reshape(t, g)",
+    "of another": "g = Shape(x) u = Reshape(t, g)",
+    "twice the first": "g = Gather(s, firsts) u = Expand(t, g)",
+}
+
+
+@pytest.mark.parametrize("form", OWN)
+def test_a_reshape_to_its_own_shape(parse, prove, ops, form):
+    constants = {
+        "zero": np.int64(0),
+        "one": np.int64(1),
+        "axis": ints(0),
+        "minus": ints(-1),
+        "any": ints(-1),
+        "ones": ints(1),
+        "twos": ints(2),
+        "swap": ints(1, 0),
+        "firsts": ints(0, 0),
+    }
+    used = {
+        name: values
+        for name, values in constants.items()
+        if any(f"{a}{name}{b}" in OWN[form] for a in ("(", ", ") for b in (")", ","))
+    }
+    text = f"(float[N, M] x) => (float[A, B] y) {{ t = Tanh(x) s = Shape(t) {OWN[form]} y = Sin(u) }}"
+    after, report = prove(parse(text, **used), remove_identities, within=0, sizes=(3, 3))
+    stays = form in ("swapped", "of another", "twice the first")
+    assert bool(report.changed) != stays
+    assert stays or ops(after) == ["Tanh", "Sin"]
+
+
+def test_a_gather_past_the_end_is_not_followed(parse):
+    text = "(float[N, M] x) => (float[A, B] y) { t = Tanh(x) s = Shape(t) g = Gather(s, far) y = Reshape(t, g) }"
+    graph = import_graph(parse(text, far=ints(-1, 2)))
+    assert remove_identities(graph).changed == ()
+
+
 def test_a_reshape_that_copies_an_extent_of_the_shape_in_between_stays(parse, prove, ops):
     model = parse(
         "(float[N, 12] x) => (float[A, B, C] y) { t = Tanh(x) a = Reshape(t, first) u = Reshape(a, second) y = Sin(u) }",
