@@ -63,6 +63,7 @@ __all__ = [
     "parse_model",
     "save_model",
     "tensor_bytes",
+    "tidy",
 ]
 
 
@@ -120,7 +121,7 @@ def check_model(model: onnx.ModelProto, source: Path | str) -> None:
     """
     # The checker knows only the standard operators, and ours by their definition; a graph with others is checked as far
     # as they allow.
-    defined = {function.domain for function in model.functions if function.domain == ops.DOMAIN}
+    defined = {function.domain for function in model.functions if ops.is_definition(function)}
     known = (*STANDARD_DOMAINS, "ai.onnx.ml", *defined)
     foreign = any(node.domain not in known for node in all_nodes(model.graph))
     try:
@@ -159,11 +160,11 @@ def convert_opset(model: onnx.ModelProto, *, lowest: int, source: Path | str = "
     """
     if opset(model) >= lowest:
         return model
-    foreign = [(f.domain, f.name) for f in model.functions if f.domain == ops.DOMAIN]
+    ours = [(f.domain, f.name) for f in model.functions if ops.is_definition(f)]
     try:
         # The converter drops local functions; those of users are unfolded, ours are defined anew for the opset.
-        if len(foreign) < len(model.functions):
-            model = onnx.inliner.inline_selected_functions(model, foreign, exclude=True)
+        if len(ours) < len(model.functions):
+            model = onnx.inliner.inline_selected_functions(model, ours, exclude=True)
         converted = onnx.version_converter.convert_version(model, lowest)
     except (RuntimeError, IndexError, ValueError, ConvertError, onnx.checker.ValidationError) as error:
         raise ModelError(
@@ -247,9 +248,17 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
         ) from error
 
 
+def tidy(graph: gs.Graph) -> None:
+    """Drop what nobody reads and sort the nodes, in place.
+
+    Not the local functions: graphsurgeon 0.6.1 recurses without end where there are functions and an If, Loop or Scan.
+    """
+    graph.cleanup(remove_unused_graph_inputs=False).toposort(mode="nodes")
+
+
 def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Turn a graph back into a model that keeps the IR version, metadata and producer of ``like``."""
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    tidy(graph)
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = like.ir_version
     model.producer_name, model.producer_version = like.producer_name, like.producer_version

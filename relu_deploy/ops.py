@@ -233,9 +233,31 @@ def pwlu_definition(opset: int) -> onnx.FunctionProto:
     return onnx.parser.parse_function(_PWLU_BODY.format(opset=opset))
 
 
+def is_definition(function: onnx.FunctionProto) -> bool:
+    """Whether a local function is what this package writes for its operator, of any opset.
+
+    A function of the same name may compute anything: it is a stranger's, and unfolded like those of other domains.
+    """
+    if (function.domain, function.name) != (DOMAIN, PWLU):
+        return False
+    opsets = [entry.version for entry in function.opset_import if entry.domain in ("", "ai.onnx")]
+    ours = pwlu_definition(opsets[0] if opsets else DEFINITION_OPSET)
+    return _spelled(function) == _spelled(ours)
+
+
+def _spelled(function: onnx.FunctionProto) -> tuple[object, ...]:
+    """What a function computes, without names of nodes and remarks."""
+    nodes = [
+        (node.domain, node.op_type, tuple(node.input), tuple(node.output),
+         sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute))
+        for node in function.node
+    ]  # fmt: skip
+    return (*function.input,), (*function.output,), (*function.attribute,), nodes
+
+
 def define_operators(model: onnx.ModelProto, opset: int) -> None:
     """Give a model the definitions of the operators of this domain that it uses and does not define, in place."""
-    if not any(node.domain == DOMAIN and node.op_type == PWLU for node in model.graph.node):
+    if not any(node.domain == DOMAIN and node.op_type == PWLU for node in _all_nodes(model)):
         return
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
@@ -245,7 +267,7 @@ def define_operators(model: onnx.ModelProto, opset: int) -> None:
 
 def drop_definitions(model: onnx.ModelProto) -> None:
     """Take out the definitions and the import of this domain where no node uses them, in place."""
-    if any(node.domain == DOMAIN for node in _nodes(model.graph)):
+    if any(node.domain == DOMAIN for node in _all_nodes(model)):
         return
     kept = [function for function in model.functions if function.domain != DOMAIN]
     imports = [entry for entry in model.opset_import if entry.domain != DOMAIN]
@@ -254,9 +276,16 @@ def drop_definitions(model: onnx.ModelProto) -> None:
     model.opset_import.extend(imports)
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
-    for node in graph.node:
+def _all_nodes(model: onnx.ModelProto) -> Iterable[onnx.NodeProto]:
+    """Those of the graph and of its local functions, and those inside them."""
+    yield from _nodes(model.graph.node)
+    for function in model.functions:
+        yield from _nodes(function.node)
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
+    for node in nodes:
         yield node
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+                yield from _nodes(inner.node)

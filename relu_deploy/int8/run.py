@@ -19,7 +19,7 @@ from relu_deploy.int8.place import Layer, Placement, place, with_pooled
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
-from relu_deploy.ops import is_pwlu
+from relu_deploy.ops import is_definition, is_pwlu
 from relu_deploy.passes.affine import fold_affine
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dyrelu_spell import spell_dyrelu
@@ -28,6 +28,7 @@ from relu_deploy.passes.prelu import spell_prelu
 from relu_deploy.passes.pwlu import Bound, fold_pwlu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
 from relu_deploy.passes.recognise import recognise_pwlu
+from relu_deploy.passes.run import inline_functions
 
 # The first opset with per-channel QuantizeLinear and DequantizeLinear, and the first with float16 ones.
 _PER_CHANNEL_OPSET = 13
@@ -107,21 +108,21 @@ def quantize(
     lifted = _prepare(model)
     graph = files.import_graph(lifted)
     fold_constants(graph)
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    files.tidy(graph)
     aliases: dict[str, str] = {}
     dynamic = spell_dyrelu(graph).notes if number.unsigned else {}
     if number.unsigned:
         aliases = products_to_gemm(graph, rows=True).aliases | spatial_mean_to_pool(graph)
         prelu_to_leaky(graph)
         spell_prelu(graph)
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        files.tidy(graph)
     present = graph.tensors()
     bounds = {name: (r.min, r.max) for name, r in ranges.tensors.items() if name in present}
     bounds.update({new: bounds[old] for new, old in aliases.items() if old in bounds})
     if number.unsigned:
         bounds = respect_softmax(graph, bounds)
     recognise_pwlu(graph, for_file=False)
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    files.tidy(graph)
     learned = {node.outputs[0].name for node in graph.nodes if is_pwlu(node)}
     folded = _fold_learned(graph, bounds, number, learned)
     sites = stand_in(graph, bounds) if number.unsigned else ()
@@ -166,7 +167,7 @@ def _fold_learned(
     else:
         fold_affine(graph)
         notes |= spell_pwlu(graph, number.target, allowed).notes
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    files.tidy(graph)
     return notes
 
 
@@ -199,7 +200,9 @@ def refuse_quantized(model: onnx.ModelProto) -> None:
 
 
 def _prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Lift the opset as far as Q/DQ needs it, and infer the types of all tensors."""
+    """Unfold local functions, lift the opset as far as Q/DQ needs it, and infer the types of all tensors."""
+    if not all(map(is_definition, model.functions)):
+        model = inline_functions(model)
     half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
     lifted = files.convert_opset(model, lowest=_FLOAT16_OPSET if half else _PER_CHANNEL_OPSET)
     return onnx.shape_inference.infer_shapes(lifted, data_prop=True) if files.fits_one_message(lifted) else lifted

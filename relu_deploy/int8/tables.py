@@ -22,6 +22,7 @@ import onnx_graphsurgeon as gs
 
 from calib.session import open_session
 from relu_deploy import ops
+from relu_deploy.graph import tidy
 from relu_deploy.int8.formats import QParams
 from relu_deploy.int8.place import MOVING_OPS, STAND_IN, Placement, is_clipping
 from relu_deploy.passes.functions import Functions
@@ -107,7 +108,7 @@ def stand_in(graph: gs.Graph, measured: Iterable[str]) -> tuple[Site, ...]:
         graph.nodes[order[site.name]] = gs.Node(
             STAND_IN, site.name, inputs=[tensors[site.source]], outputs=[tensors[site.result]], domain=ops.DOMAIN
         )
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    tidy(graph)
     return tuple(sites)
 
 
@@ -125,7 +126,7 @@ def take_back(graph: gs.Graph, sites: Sequence[Site], placement: Placement) -> t
         nodes[site.name].outputs.clear()
         graph.nodes.remove(nodes[site.name])
         graph.nodes.extend(kept.again() for kept in site.nodes)
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    tidy(graph)
     return tuple(left)
 
 

@@ -66,7 +66,7 @@ def products_to_gemm(graph: gs.Graph, *, rows: bool) -> Gemms:
         changed.append(node.name)
     drop_detached(graph)
     if maker.aliases:
-        graph.toposort()
+        graph.toposort(mode="nodes")
     return Gemms(PassReport("matmul_add_to_gemm", tuple(changed), tuple(skipped)), maker.aliases)
 
 

@@ -181,7 +181,7 @@ def _rewrite_exactly(model: onnx.ModelProto, options: _Check) -> tuple[onnx.Mode
     source = onnx.ModelProto()
     source.CopyFrom(model)
     # Our own operators are what passes look for; their definitions are for runtimes.
-    inlined = tuple(f"{f.domain}.{f.name}" for f in source.functions if f.domain != ops.DOMAIN)
+    inlined = tuple(f"{f.domain}.{f.name}" for f in source.functions if not ops.is_definition(f))
     if inlined:
         source = inline_functions(source)
     result, reports = _apply(source)
@@ -300,7 +300,7 @@ def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
         ModelError: a local function and its calls do not fit together.
     """
     try:
-        ours = [(function.domain, function.name) for function in model.functions if function.domain == ops.DOMAIN]
+        ours = [(function.domain, function.name) for function in model.functions if ops.is_definition(function)]
         return onnx.inliner.inline_selected_functions(model, ours, exclude=True)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from calib.model import first_quantized
 from relu_deploy import ops
-from relu_deploy.graph import import_graph
+from relu_deploy.graph import import_graph, tidy
 from relu_deploy.passes.classify import Activation
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dyrelu import find_dyrelu
@@ -126,7 +126,7 @@ def typed_graph(model: onnx.ModelProto) -> tuple[gs.Graph, onnx.ModelProto]:
     """A graph to work on, with functions unfolded and types known, and the model that it is of; a copy of ``model``."""
     source = onnx.ModelProto()
     source.CopyFrom(model)
-    if any(function.domain != ops.DOMAIN for function in source.functions):
+    if not all(map(ops.is_definition, source.functions)):
         source = inline_functions(source)
     graph = import_graph(source)
     annotate(graph, source)
@@ -138,7 +138,7 @@ def surveyed_graph(model: onnx.ModelProto) -> gs.Graph:
     graph, _ = typed_graph(model)
     fold_constants(graph)
     see_through_quantisers(graph)
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    tidy(graph)
     return graph
 
 

@@ -11,14 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
+from calib.inputs import model_inputs
+from calib.run import calibrate
+from calib.sources import open_source
 from relu_deploy import ops
 from relu_deploy.graph import check_model, count_ops, export_graph, import_graph
+from relu_deploy.int8.run import quantize
 from relu_deploy.passes.affine import fold_affine
 from relu_deploy.passes.pwlu import Bound, fold_pwlu, largest_error, polylines
 from relu_deploy.passes.pwlu_spell import spell_pwlu
 from relu_deploy.passes.recognise import recognise_pwlu
 from relu_deploy.passes.run import rewrite, spell
 from relu_deploy.passes.shapes import annotate
+from relu_deploy.passes.survey import survey
 
 NAMES = ("left", "right", "values", "slope_left", "slope_right")
 
@@ -377,3 +382,71 @@ def test_what_torch_exports_by_itself_is_gathered(exporter, tmp_path: Path):
     got = ort.InferenceSession(result.SerializeToString()).run(None, {name: x.numpy()})[0]
     want = net(x).detach().numpy()
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+# ----------------------------------------------------------------------------------------------- what is not ours
+
+
+def of_a_stranger(body, name="PWLU"):
+    """A network whose file defines ``relu_deploy::<name>`` by itself, with our signature."""
+    model = behind_conv(unit(6), out="N, 6, 8, 8")
+    head = '<domain: "relu_deploy", opset_import: ["": 18]>'
+    function = onnx.parser.parse_function(f"{head} {name} <channel_axis> (x, {', '.join(NAMES)}) => (y) {{ {body} }}")
+    model.functions[0].CopyFrom(function)
+    model.graph.node[1].op_type = name
+    return model
+
+
+@pytest.mark.parametrize("name", ["PWLU", "Other"])
+def test_a_function_of_our_domain_with_another_body_is_what_its_body_says(name):
+    model = of_a_stranger("y = Tanh(x)", name)
+    assert [site.kind for site in survey(model).activations] == ["tanh"]
+    x = sample(2, 3, 8, 8)
+    for target in (None, "ort", "tensorrt-rtx"):
+        result, report = rewrite(model, target=target)
+        assert report.passes[0].changed == (f"relu_deploy.{name}",)
+        assert count_ops(result)["Tanh"] == 1
+        np.testing.assert_array_equal(run(result, x), run(model, x))
+
+
+def test_quantising_takes_a_stranger_at_its_word():
+    model = of_a_stranger("y = Tanh(x)")
+    x = sample(4, 3, 8, 8)
+    quantized, _ = quantize(model, calibrate(model, open_source({"x": x}, model_inputs(model))))
+    assert "PWLU" not in " ".join(count_ops(quantized)), "nor a table of the function that its parameters would make"
+    wanted, mistaken = run(model, x), run(behind_conv(unit(6), out="N, 6, 8, 8"), x)
+    error = np.abs(run(quantized, x) - wanted).max()
+    assert error < 0.05 * np.abs(mistaken - wanted).max(), "steps of INT8, not another function"
+
+
+def test_our_definition_is_ours_whatever_opset_and_names():
+    for opset in (15, 18, 23):
+        function = ops.pwlu_definition(opset)
+        assert ops.is_definition(function)
+        for number, node in enumerate(function.node):
+            node.name = f"node_{number}"
+        function.doc_string = "remark"
+        assert ops.is_definition(function)
+        function.node[-1].op_type = "Identity"
+        assert not ops.is_definition(function)
+
+
+BRANCHES = (
+    "y = If (flag) <then_branch = t () => (float[N, 6, 8, 8] p) {"
+    f" p = relu_deploy.PWLU <channel_axis: int = 1> (d, {', '.join(NAMES)}) }},"
+    " else_branch = e () => (float[N, 6, 8, 8] q) { q = Relu(d) }>"
+)
+
+
+def test_a_unit_inside_a_branch_stays_with_its_definition():
+    function = unit(6)
+    weights = {name: getattr(function, name) for name in NAMES}
+    model = network(f"c = Abs(x) d = Identity(c) {BRANCHES}", "N, 6, 8, 8", "N, 6, 8, 8", weights)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, []))
+    assert [f.name for f in model.functions] == ["PWLU"]
+    assert survey(model).left_alone == {"pwlu": 1, "relu": 1}
+    result, report = rewrite(model)
+    assert report.changed
+    assert [f.name for f in result.functions] == ["PWLU"]
+    assert report.verification is not None
+    assert report.verification.outputs[0].error == 0
