@@ -259,7 +259,9 @@ def tidy(graph: gs.Graph) -> None:
 def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Turn a graph back into a model that keeps the IR version, metadata and producer of ``like``."""
     tidy(graph)
+    empty = _take_empty_lists(graph)
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    _put_empty_lists(model, like, empty)
     model.ir_version = like.ir_version
     model.producer_name, model.producer_version = like.producer_name, like.producer_version
     model.domain, model.model_version, model.doc_string = like.domain, like.model_version, like.doc_string
@@ -270,6 +272,27 @@ def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     ops.define_operators(model, opset(model))
     name_nodes(model.graph)
     return model
+
+
+def _take_empty_lists(graph: gs.Graph) -> dict[str, list[str]]:
+    """Names of attributes that are empty lists, by node, taken out: graphsurgeon cannot write one (``shape = []``)."""
+    taken: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        for name in [name for name, value in node.attrs.items() if isinstance(value, list) and not value]:
+            del node.attrs[name]
+            taken.setdefault(node.name, []).append(name)
+    return taken
+
+
+def _put_empty_lists(model: onnx.ModelProto, like: onnx.ModelProto, taken: dict[str, list[str]]) -> None:
+    """Give them back, in place, in the type that they have in ``like``; of integers where they are new."""
+    if not taken:
+        return
+    kinds = {(node.name, a.name): a.type for node in like.graph.node if node.name in taken for a in node.attribute}
+    for node in model.graph.node:
+        for name in taken.get(node.name, ()):
+            kind = kinds.get((node.name, name), onnx.AttributeProto.INTS)
+            node.attribute.append(onnx.AttributeProto(name=name, type=kind))
 
 
 def _keep_shapes(model: onnx.ModelProto, like: onnx.ModelProto) -> None:

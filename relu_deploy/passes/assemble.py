@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from relu_deploy.passes.lower import LOWERINGS, Call, UnsupportedError
 from relu_deploy.passes.operands import (
+    constant_shape,
     constant_values,
     draw,
     fill,
@@ -97,14 +98,21 @@ class Assembly:
             if self._same_shape and not self._has_shape_of_root(tensor, like):
                 raise UnsupportedError(f"{tensor.name} is filled at run time: the shape may change")
         elif drawn is not None:
-            self._check_broadcast(tensor.name, tuple(drawn.attrs.get("shape", ())))
-            ends = (
-                self.build.const(float(np.float32(drawn.attrs.get(end, i)))) for i, end in enumerate(("low", "high"))
-            )
-            return self.build.step("random", *ends, param=drawn.name)
+            return self._draw(drawn)
         else:
             raise UnsupportedError(f"{tensor.name} is neither constant nor a function of {self._root.name}")
         return self._constant(tensor.name, values)
+
+    def _draw(self, node: gs.Node) -> int:
+        """A node that reads no tensor, or the shape or probability of a constant."""
+        shape = constant_shape(node.inputs[0]) if node.inputs else tuple(node.attrs.get("shape", ()))
+        self._check_broadcast(node.outputs[0].name, shape or ())
+        if node.op == "Bernoulli":
+            return self.build.step("bernoulli", self.argument(node.inputs[0]), param=node.name)
+        low, high = (
+            self.build.const(float(np.float32(node.attrs.get(end, i)))) for i, end in enumerate(("low", "high"))
+        )
+        return self.build.step("random", low, high, param=node.name)
 
     def channels(self, values: npt.ArrayLike, axis: int) -> int:
         """Step of a constant with one entry a channel, or one for all, along ``axis`` counted from the last (-1)."""

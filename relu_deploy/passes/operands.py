@@ -63,9 +63,12 @@ def fill(tensor: gs.Tensor) -> tuple[np.ndarray, gs.Tensor | None] | None:
 
 
 def draw(tensor: gs.Tensor) -> gs.Node | None:
-    """The node that makes a tensor at random without reading any."""
+    """The node that makes a tensor at random without reading any, or reading a constant."""
     node = _producer(tensor)
-    return node if node is not None and node.domain in STANDARD and node.op == "RandomUniform" else None
+    if node is None or node.domain not in STANDARD:
+        return None
+    of_constant = node.op in ("RandomUniformLike", "Bernoulli") and is_constant(node.inputs[0])
+    return node if of_constant or node.op == "RandomUniform" else None
 
 
 def table_and_coordinates(node: gs.Node) -> tuple[gs.Tensor, list[gs.Tensor]] | None:
