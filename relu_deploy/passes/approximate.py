@@ -35,7 +35,7 @@ class CollapseCheck:
         node: The node whose output a Relu now makes.
         input: Tensor that the Relu reads.
         eps: Proven bound of ``|region(x) - relu(x)|``, tensor units.
-        slope: Proven share of ``|x|`` on top of it, from weights that are rounded.
+        slope: Proven share of ``relu(x)`` on top of it, from weights that are rounded.
         low: Smallest ``x`` for which that holds.
         high: Largest ``x`` for which that holds.
         domain: ``type``, ``given`` or ``calibrated``.
@@ -210,7 +210,7 @@ def _check(row: CollapseCheck, item: Collapsed, seen: list[dict[str, object]]) -
         inside = (x >= low) & (x <= high) & np.isfinite(x) & np.isfinite(y)
         count, outside = count + x.size, outside + int(x.size - inside.sum())
         gap, size = np.abs(y - np.maximum(x, 0))[inside], np.maximum(np.abs(x), 1.0)[inside]
-        if (gap > proven.eps + (proven.slope + unit) * size).any():
+        if (gap > proven.eps + proven.slope * np.maximum(x, 0)[inside] + unit * size).any():
             raise CheckFailedError(
                 f"region {row.node!r} is {gap.max():.3g} from ReLU, and its certificate allows {above(proven.eps)}",
                 hint="nothing was written; this is a fault of a graph pass, please report it with the model",

@@ -28,8 +28,8 @@ Array = npt.NDArray[np.float64]
 Exact = Callable[[Program, Array], PiecewiseLinear | None]
 
 EXACT = "bit for bit"
-# Weights of a blend that are rounded do not sum to 1: a slope that is off by no more than this many units of the type
-# is rounding of its output, and is stated apart from the bound.
+# Weights of a blend that are rounded do not sum to 1: a slope that is off by no more than this many units of the type,
+# where ReLU rises, is rounding of its output, and is stated apart from the bound.
 SLOPE_UNITS = 2.0
 # With a tolerance, a bound counts if it holds up to this magnitude at least (or LEAST_DOMAIN, in narrow types): the
 # cube inside a tanh GELU overflows float32 past 2**42, an index has no integer past 2**31, and no activation of a
@@ -46,12 +46,12 @@ def is_exact(note: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """``|region(x) - relu(x)| <= eps + slope |x|`` on a domain, in real arithmetic; and what floats add.
+    """``|region(x) - relu(x)| <= eps + slope relu(x)`` on a domain, in real arithmetic; and what floats add.
 
     Attributes:
         eps: Tensor units; 0 for an identity of functions.
-        slope: What weights that are rounded add far out; at most ``SLOPE_UNITS`` units of the type, 0 on a range that
-            was given or measured, where ``eps`` holds all.
+        slope: What weights that are rounded add, relative to the result; at most ``SLOPE_UNITS`` units of the type, 0
+            on a range that was given or measured, where ``eps`` holds all.
         low: Smallest ``x`` covered, tensor units.
         high: Largest ``x`` covered.
         dtype: Float type of the tensor, such as ``float32``.
@@ -76,7 +76,7 @@ class Certificate:
 
     def __str__(self) -> str:
         off = f"equals ReLU for {self.where}" if self.eps == 0 else f"within {above(self.eps)} of ReLU for {self.where}"
-        claim = off if self.slope == 0 else f"{off}, plus {above(self.slope)} |x| of rounded weights"
+        claim = off if self.slope == 0 else f"{off}, plus {above(self.slope)} relu(x) of rounded weights"
         if self.rounding == 0:
             return f"{claim}, {EXACT}" if self.eps == 0 == self.slope and self.domain == "type" else claim
         return (
@@ -189,7 +189,7 @@ class _Gap:
     """``sup |f_c(x) - relu(x)|`` over the channels' domains, without far-out slopes that are rounding.
 
     Attributes:
-        eps: The bound, without ``slope |x|``.
+        eps: The bound, without ``slope relu(x)``.
         slope: Largest slope of that kind; 0 on a range.
         grows: Whether it is another slope that keeps a channel from ReLU, on the whole line.
         piecewise_linear: Whether every channel is.
@@ -212,9 +212,10 @@ class _Gap:
         self.eps = max(bounds)
         self.piecewise_linear = not smooth.any()
 
-    def _is_rounding(self, slope: Fraction) -> bool:
-        """Whether a slope of the difference is stated apart; if so, notes it."""
-        if not self.whole or abs(slope) > SLOPE_UNITS * self.kind.unit:
+    def _is_rounding(self, slope: Fraction, side: int) -> bool:
+        """Whether a slope of the difference is stated apart; if so, notes it. Where ReLU is 0 nothing is rounding."""
+        most = SLOPE_UNITS * self.kind.unit if side > 0 else 0.0
+        if not self.whole or abs(slope) > most:
             self.grows |= self.whole
             return False
         self.slope = max(self.slope, _up(abs(slope)))
@@ -222,10 +223,12 @@ class _Gap:
 
     def _breakpoints(self, function: PiecewiseLinear, low: Fraction, high: Fraction) -> float:
         difference, zero = function.minus(RELU), PiecewiseLinear.constant(0)
-        if not all(self._is_rounding(slope) for slope, _ in (difference.lines[0], difference.lines[-1])):
+        (left, start), (right, end) = difference.lines[0], difference.lines[-1]
+        if not (self._is_rounding(left, -1) and self._is_rounding(right, 1)):
             return _up(difference.distance(zero, low, high))
-        inner = [difference.distance(zero, difference.breaks[0], difference.breaks[-1])] if difference.breaks else []
-        return _up(max(*inner, abs(difference.lines[0][1]), abs(difference.lines[-1][1])))
+        # The right piece may begin below 0, where its slope is no rounding.
+        ends = [*difference.breaks[:1], Fraction(0), *difference.breaks[-1:]]
+        return _up(max(difference.distance(zero, min(ends), max(ends)), abs(start), abs(end)))
 
     def _smooth(self, program: Program, columns: Array, low: Array, high: Array) -> float:
         """Branch and bound up to where a channel counts as its line, and the line beyond."""
@@ -239,12 +242,12 @@ class _Gap:
                 if found is not None:
                     start, line = found
                     ends[channel] = side * max(start, side * float(others[channel]))
-                    beyond = max(beyond, self._beyond(line, abs(last)))
+                    beyond = max(beyond, self._beyond(line, side, abs(last)))
         return max(beyond, float(largest_magnitude(difference, low, high).max()))
 
-    def _beyond(self, line: Line, last: float) -> float:
+    def _beyond(self, line: Line, side: int, last: float) -> float:
         constant = _up(abs(line.offset)) + line.moments[0]
-        return constant if self._is_rounding(line.slope) else constant + _up(abs(line.slope) * Fraction(last))
+        return constant if self._is_rounding(line.slope, side) else constant + _up(abs(line.slope) * Fraction(last))
 
 
 def _far(difference: Program, column: Array, side: int, last: float) -> tuple[float, Line] | None:

@@ -87,7 +87,7 @@ def rewrite(*args):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (["--collapse-tolerance", "0.003"], "within 0.00279 of ReLU for every finite float32, plus 9.32e-09 |x|"),
+    (["--collapse-tolerance", "0.003"], "within 0.00279 of ReLU for every finite float32, plus 9.32e-09 relu(x)"),
     (["--collapse-tolerance", "0.003", "--range", "-8,8"], "within 0.00279 of ReLU for -8 <= x <= 8 (given)"),
 ])  # fmt: skip
 def test_a_blend_collapses_within_a_tolerance_and_says_how_far_off_it_is(blend, tmp_path, options, words):

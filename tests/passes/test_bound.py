@@ -119,7 +119,7 @@ def test_rounded_weights_are_stated_apart():
     for power in range(-10, 127):
         for side in (1, -1):
             x = side * mpmath.mpf(2) ** power
-            assert abs(compute(blend(ACTS["silu"], share, rest), x) - max(x, 0)) <= found.eps + found.slope * abs(x)
+            assert abs(compute(blend(ACTS["silu"], share, rest), x) - max(x, 0)) <= found.eps + found.slope * max(x, 0)
     assert "of rounded weights" in str(found)
     wrong = certify(blend(ACTS["silu"], share, rest + 1e-5), 0.01)
     assert isinstance(wrong, Refusal)
@@ -127,6 +127,31 @@ def test_rounded_weights_are_stated_apart():
     assert isinstance(ranged, Refusal)  # there, it is more than the tolerance
     assert ranged.eps is not None
     assert ranged.eps >= found.slope * 1e7
+
+
+def test_a_slope_where_relu_is_zero_is_no_rounding():
+    b = Builder()
+    x = b.step("x")
+    leaky = b.step("select", b.step("gt", b.const(0.0), x), b.step("mul", b.const(1e-30), x), x)
+    assert "no bound" in str(certify(b.finish(leaky), 0.1))
+    found = certify(b.finish(leaky), 0.1, -1e6, 1e6)
+    assert isinstance(found, Certificate)
+    assert found.eps >= 1e-24 * (1 - 1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(programs.PIECEWISE)
+def test_certificates_of_piecewise_linear_functions_hold_everywhere(program):
+    found = certify(program, math.inf)
+    if isinstance(found, Refusal):
+        return
+    function = exact(program, program.constants[:, 0] if len(program.constants) else np.array([]))
+    assert function is not None
+    places = [Fraction(n, 4) for n in range(-40, 41)] + [
+        side * Fraction(2) ** p for p in range(4, 127) for side in (1, -1)
+    ]
+    for x in [*places, *function.breaks, *(b + Fraction(1, 10**9) for b in function.breaks)]:
+        assert abs(function(x) - max(x, 0)) <= Fraction(found.eps) + Fraction(found.slope) * max(x, 0)
 
 
 def spiked(height: float, width: float, at: float) -> Program:

@@ -99,7 +99,7 @@ def test_what_a_runtime_computes_is_within_the_certificate(name):
     x = np.concatenate([sizes, -sizes, [0.0] * 4]).astype(np.float32)
     session = open_session(model)
     y = session.run(None, {"x": x.reshape(-1, 4)})[0].reshape(-1).astype(np.float64)
-    off = np.abs(y - np.maximum(x, 0)) - row.eps - row.slope * np.abs(x)
+    off = np.abs(y - np.maximum(x, 0)) - row.eps - row.slope * np.maximum(x, 0)
     assert (off <= rounding * np.maximum(np.abs(x), 1)).all()
 
 
