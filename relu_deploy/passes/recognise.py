@@ -22,6 +22,7 @@ from relu_deploy.passes.functions import Functions
 from relu_deploy.passes.polyline import Polyline
 from relu_deploy.passes.pwl import PiecewiseLinear
 from relu_deploy.passes.pwlu import largest_error, polylines
+from relu_deploy.passes.region import Cut
 from relu_deploy.passes.spans import Span, find_spans
 from relu_deploy.passes.spread import spread_sum
 from relu_deploy.report import PassReport, Skip
@@ -59,7 +60,7 @@ def recognise_pwlu(
     skipped: list[Skip] = []
     notes: dict[str, str] = {}
     functions, names = Functions(graph), Names(graph)
-    for span in find_spans(functions):
+    for span in find_spans(functions) if _bends(functions, fewest_bends) else ():
         node = span.bottom.node
         if node is None or span.program is None or span.label.kind not in _KINDS:
             continue
@@ -86,6 +87,22 @@ def recognise_pwlu(
         changed.append(new.name)
         notes[new.name] = f"PWLU of {function.intervals} intervals, within {error:.3g} of the {len(span.nodes)} nodes"
     return PassReport("recognise_pwlu", tuple(changed), tuple(skipped), notes)
+
+
+def _bends(functions: Functions, fewest: int) -> bool:
+    """Whether any function that is spelled out bends so often: most networks have none, and need not be named."""
+    found = False
+
+    def visit(cut: Cut, _: list[Cut]) -> Cut:
+        nonlocal found
+        assert cut.parent is not None  # noqa: S101 - roots are not visited
+        spelled = cut.node is not None and not ops.is_pwlu(cut.node) and functions.of_floats(cut)
+        first = functions.segment(cut).first if spelled and not found else None
+        found = found or (first is not None and len(first.breaks) >= fewest)
+        return cut.parent
+
+    functions.walk(visit)
+    return found
 
 
 class _OtherError(Exception):
