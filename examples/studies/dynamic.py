@@ -24,8 +24,8 @@ ROWS = {
 }
 NOTE = (
     "FPS is that of the INT8 engines at batch 1. Activations other than ReLU are computed in float between quantised "
-    "layers; the layers inside SE+ReLU, Maxout, F-ReLU and DY-ReLU count among the linear layers. The speed of DY-ReLU "
-    "and of the piecewise-linear ones is that of the operators they export to: passes that fold them do not exist yet."
+    "layers, or as tables of codes where that is quicker; the layers inside SE+ReLU, Maxout, F-ReLU and DY-ReLU count "
+    "among the linear layers. DY-ReLU is spelled for ONNX Runtime, and PReLU as a maximum."
 )
 DYNAMIC = [title for title in ROWS if title.startswith("DY")]
 
