@@ -8,7 +8,7 @@ function: runtimes need no plugin, and no knowledge of the domain.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -200,23 +200,28 @@ def is_pwlu(node: gs.Node) -> bool:
 
 
 def read_pwlu(node: gs.Node) -> PwluFunction:
-    """The functions of a ``relu_deploy::PWLU`` node.
+    """The functions of a ``relu_deploy::PWLU`` node; raises as :func:`pwlu_of`."""
+    return pwlu_of(node.name, node.inputs)
+
+
+def pwlu_of(title: str, inputs: Sequence[gs.Tensor]) -> PwluFunction:
+    """The functions that the inputs of a ``relu_deploy::PWLU`` node of this name make.
 
     Raises:
         ModelError: a parameter is missing or not a constant, or they do not fit together.
     """
-    if len(node.inputs) != 6:
-        raise ModelError(f"node {node.name!r} has {len(node.inputs)} inputs; a PWLU has six")
+    if len(inputs) != 6:
+        raise ModelError(f"node {title!r} has {len(inputs)} inputs; a PWLU has six")
     names = ("left", "right", "values", "slope_left", "slope_right")
     parts: list[Array] = []
-    for name, tensor in zip(names, node.inputs[1:], strict=True):
+    for name, tensor in zip(names, inputs[1:], strict=True):
         if not isinstance(tensor, gs.Constant):
-            raise ModelError(f"{name} of the PWLU {node.name!r} is computed at run time", hint="freeze its parameters")
+            raise ModelError(f"{name} of the PWLU {title!r} is computed at run time", hint="freeze its parameters")
         parts.append(np.asarray(tensor.values, dtype=np.float64))
     try:
         return PwluFunction(*parts)
     except ModelError as error:
-        raise ModelError(f"node {node.name!r}: {error}") from error
+        raise ModelError(f"node {title!r}: {error}") from error
 
 
 def channel_axis(node: gs.Node) -> int:

@@ -210,6 +210,17 @@ def test_what_ends_in_float_is_spelled_in_float():
     assert np.mean((got - reference) ** 2) < 1e-2 * np.mean(reference**2)
 
 
+def test_a_unit_whose_output_is_the_network_s_too():
+    model, _, _ = build("images")
+    for name in ("a", "c"):
+        model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (2, 6, 8, 8)))
+    x = sample(model)
+    quantized, report = quantize(model, ranges(model, x), target="ort", weight_bits=7)
+    assert next(iter(report.folded.values())) == "a table of 256 codes for 6 functions"
+    for got, reference in zip(run(quantized, x, optimise=True), run(model, x, optimise=True), strict=True):
+        assert np.mean((got - reference) ** 2) < 1e-2 * np.mean(reference**2)
+
+
 def test_a_unit_that_is_relu_within_half_a_step_costs_nothing():
     text, shape, out, w, v, _ = LAYOUTS["images"]
     rng = np.random.default_rng(1)
