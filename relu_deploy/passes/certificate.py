@@ -199,15 +199,19 @@ class _Gap:
         self.kind = kind
         self.whole = domain is None
         columns, low, high = _distinct(program, kind, domain)
-        functions = [exact(program, column) for column in columns.T]
-        smooth = np.array([function is None for function in functions])
+        smooth = np.zeros(columns.shape[1], dtype=bool)
         self.slope, self.grows = 0.0, False
-        bounds = [
-            self._breakpoints(function, Fraction(float(a)), Fraction(float(b)))
-            for function, a, b in zip(functions, low, high, strict=True)
-            if function is not None
-        ]
-        if smooth.any():
+        bounds: list[float] = []
+        for channel, column in enumerate(columns.T):
+            function = exact(program, column)
+            if function is None:
+                smooth[channel] = True
+                continue
+            ends = Fraction(float(low[channel])), Fraction(float(high[channel]))
+            bounds.append(self._breakpoints(function, *ends))
+            if self.grows:  # no channel can mend that, and there may be thousands
+                break
+        if smooth.any() and not self.grows:
             bounds.append(self._smooth(program, columns[:, smooth], low[smooth], high[smooth]))
         self.eps = max(bounds)
         self.piecewise_linear = not smooth.any()

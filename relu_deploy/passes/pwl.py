@@ -197,6 +197,9 @@ class PiecewiseLinear:
 
     def choose(self, yes: PiecewiseLinear, no: PiecewiseLinear) -> PiecewiseLinear:
         """``yes`` where ``self`` (0 or 1 everywhere) is 1, ``no`` where it is 0: pieces are taken, none computed."""
+        if len(self.breaks) == 1:
+            left, right = ((yes if side[1] else no) for side in self.lines)
+            return _joined(self.breaks[0], left, right, (yes if self.points[0] else no)(self.breaks[0]))
         breaks, sides, side_points = self._refined((*yes.breaks, *no.breaks))
         _, yes_lines, yes_points = yes._refined(breaks)
         _, no_lines, no_points = no._refined(breaks)
@@ -249,6 +252,8 @@ class PiecewiseLinear:
         on_points: Callable[[Fraction, Fraction], Fraction],
     ) -> PiecewiseLinear:
         """Apply an operation piece by piece on the common refinement."""
+        if not self.breaks and not other.breaks:
+            return PiecewiseLinear((), (), (on_lines(self.lines[0], other.lines[0]),))
         breaks, mine, theirs, points = _merged(self, other)
         lines = [on_lines(f, g) for f, g in zip(mine, theirs, strict=True)]
         return _canonical(breaks, [on_points(a, b) for a, b in points], lines)
@@ -293,6 +298,18 @@ def _merged(
     if len(breaks) > MAX_BREAKS:
         raise NotPiecewiseLinearError(f"more than {MAX_BREAKS} breakpoints")
     return breaks, mine, theirs, points
+
+
+def _joined(x: Fraction, left: PiecewiseLinear, right: PiecewiseLinear, here: Fraction) -> PiecewiseLinear:
+    """``left`` before ``x``, ``right`` behind it, ``here`` at it: chains of choices cost what they add."""
+    i, j = bisect.bisect_left(left.breaks, x), bisect.bisect_right(right.breaks, x)
+    slope, intercept = left.lines[i]
+    bends = left.lines[i] != right.lines[j] or here != slope * x + intercept
+    breaks = (*left.breaks[:i], *((x,) if bends else ()), *right.breaks[j:])
+    if len(breaks) > MAX_BREAKS:
+        raise NotPiecewiseLinearError(f"more than {MAX_BREAKS} breakpoints")
+    points = (*left.points[:i], *((here,) if bends else ()), *right.points[j:])
+    return PiecewiseLinear(breaks, points, (*left.lines[: i + bends], *right.lines[j:]))
 
 
 def _inside(breaks: list[Fraction], index: int) -> Fraction:

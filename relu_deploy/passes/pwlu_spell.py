@@ -76,9 +76,9 @@ def spell_pwlu(
 def _spell(
     graph: gs.Graph, node: gs.Node, function: ops.PwluFunction, bound: Bound, target: Target, writer: _Writer
 ) -> str:
-    lines, error = fewest(function, bound)
-    bends = max(line.bends for line in lines)
-    if target != "ort" or bends <= MOST_HINGES or graph.opset < _SHAPE_OPSET:
+    if target != "ort" or graph.opset < _SHAPE_OPSET or within(function, bound, MOST_HINGES):
+        lines, error = fewest(function, bound)
+        bends = max(line.bends for line in lines)
         hinges = stack(lines, bound.low, bound.high)
         become(graph, node, lambda data, result: _hinges(writer, data, result, hinges))
         return f"{bends} hinges a channel, {Bound(error, bound.low, bound.high)}"

@@ -11,6 +11,7 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
+from relu_deploy.ops import is_pwlu
 from relu_deploy.passes.classify import Activation
 from relu_deploy.passes.functions import AFFINE_OPS, Functions, Segment
 from relu_deploy.passes.lower import UnsupportedError
@@ -126,6 +127,8 @@ def _span(functions: Functions, cuts: list[Cut]) -> Span | None:
         return None
     if _is_of_channels(segments[0]) or _is_of_channels(segments[-1]):
         return None
+    if any(cut.node is not None and is_pwlu(cut.node) for cut in cuts[1:]):
+        return None  # it says itself what it is; two in a row would bend at some N^2 points
     try:
         program = program_between(top, bottom, same_shape=False)
     except UnsupportedError:

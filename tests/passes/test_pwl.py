@@ -40,7 +40,23 @@ def grow(pairs: st.SearchStrategy[Pair]) -> st.SearchStrategy[Pair]:
                 lambda x: p[1][1](x) if p[0][1](x) > 0 else p[2][1](x),
             )
         ),
+        st.tuples(pairs, pairs, pairs).map(
+            lambda p: (
+                p[0][0].equal_zero().choose(p[1][0], p[2][0]),
+                lambda x: p[1][1](x) if p[0][1](x) == 0 else p[2][1](x),
+            )
+        ),
+        st.tuples(NUMBERS, pairs, pairs).map(lambda p: (_until(p[0], p[1][0], p[2][0]), _chosen(*p))),
     )
+
+
+def _until(turn: Fraction, first: PiecewiseLinear, second: PiecewiseLinear) -> PiecewiseLinear:
+    """``first`` up to a place, ``second`` behind it: what chains of Where are made of."""
+    return PiecewiseLinear.constant(turn).minus(PiecewiseLinear.identity()).greater_equal().choose(first, second)
+
+
+def _chosen(turn: Fraction, first: Pair, second: Pair) -> Callable[[Fraction], Fraction]:
+    return lambda x: first[1](x) if x <= turn else second[1](x)
 
 
 EXPRESSIONS = st.recursive(st.one_of(st.just(X), NUMBERS.map(constant)), grow, max_leaves=8)

@@ -450,3 +450,19 @@ def test_a_unit_inside_a_branch_stays_with_its_definition():
     assert [f.name for f in result.functions] == ["PWLU"]
     assert report.verification is not None
     assert report.verification.outputs[0].error == 0
+
+
+def test_two_units_in_a_row_are_two():
+    functions = [unit(6), unit(6, seed=1)]
+    weights = {f"{name}{i}": getattr(f, name) for i, f in enumerate(functions) for name in NAMES}
+    first, second = (", ".join(f"{name}{i}" for name in NAMES) for i in (0, 1))
+    unit_of = "relu_deploy.PWLU <channel_axis: int = 1>"
+    model = network(f"a = {unit_of} (x, {first}) y = {unit_of} (a, {second})", "N, 6, H, W", "N, 6, H, W", weights)
+    assert [site.kind for site in survey(model).activations] == ["pwlu", "pwlu"]
+    for target in ("ort", "tensorrt-rtx"):
+        result, report = rewrite(model, target=target)
+        assert len(report.passes[-1].notes or report.passes[-3].notes) == 2
+        x = sample(2, 6, 5, 5)
+        before = run(model, x)
+        # Rounding of the first unit's hinges, larger than their sum, times slopes of the second of ten and more.
+        np.testing.assert_allclose(run(result, x), before, rtol=0, atol=1e-4 * np.abs(before).max())
