@@ -30,7 +30,8 @@ __all__ = ["Hinges", "Polyline", "fewest_segments", "stack"]
 _ROUNDING = 2.0**-49
 # What an error may exceed eps by: the walls are met exactly, and meeting them is computed.
 _EXCESS = 1e-9
-# Where a line hangs on two close points, rounding moves its far end by more than that; this much is then given up.
+# Where a line hangs on two close points, rounding moves its far end by more than that; this much is then given up, and
+# twice what values round where the bound is as small as that.
 _MARGIN = 1e-6
 
 
@@ -66,8 +67,9 @@ def fewest_segments(function: Polyline, eps: float, lo: float = -math.inf, hi: f
     left, right = (exact.slope_left if lo == -math.inf else None), (exact.slope_right if hi == math.inf else None)
     if eps == 0 or lo == hi:
         return plain
-    for width in (eps + _slack(exact, spots), np.full(spots.shape, eps * (1 - _MARGIN))):
-        best = _minimum_link(spots, exact(spots), width, left, right)
+    slack = _slack(exact, spots)
+    for width in (eps + slack, np.full(spots.shape, eps * (1 - _MARGIN)), eps * (1 - _MARGIN) - 2 * slack):
+        best = _minimum_link(spots, exact(spots), width, left, right) if (width > 0).all() else None
         if best is not None and best.bends < plain.bends and _within(best, exact, eps, lo, hi):
             return best
     return plain

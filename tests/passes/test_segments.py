@@ -289,3 +289,10 @@ def test_straight_lines_have_no_hinges():
 def test_no_channels_are_refused():
     with pytest.raises(ValueError, match="no channel"):
         stack([])
+
+
+def test_a_bound_near_rounding_is_alike_from_both_sides():
+    """A bend at 5 between slopes of 0 and 21 is computed to some 1e-14: as much as 1e-5 of this bound."""
+    line = Polyline(np.array([-4.984375, -4.96875]), np.zeros(2), 21.25, 5.352757475899387e-19)
+    other = Polyline(-line.breaks[::-1], line.values[::-1], -line.slope_right, -line.slope_left)
+    assert fewest_segments(line, 1e-9).bends == fewest_segments(other, 1e-9).bends == 1
