@@ -47,8 +47,8 @@ def fewest_segments(function: Polyline, eps: float, lo: float = -math.inf, hi: f
 
     Returns:
         The approximation. Its error has been computed at every break of either and at the ends of the domain, and is at
-        most ``eps (1 + 1e-9)``, plus what rounds in computing values as large as these in float64. What it does outside
-        the domain is not specified.
+        most ``eps (1 + 1e-9)``, plus what rounds in computing values as large as these in float64; where ``eps`` is not
+        well above that, there may be a bend more than needed. What it does outside the domain is not specified.
 
     Raises:
         ValueError: ``eps`` is negative or NaN, or ``lo`` and ``hi`` are no domain.
