@@ -91,7 +91,8 @@ def test_finds_a_planted_approximation(data, planted, exponent):
     noise = data.draw(st.lists(st.floats(-1, 1), min_size=len(breaks), max_size=len(breaks)))
     line = Polyline(breaks, planted(breaks) + eps * np.array(noise), planted.slope_left, planted.slope_right)
     lo, hi = data.draw(domains(line))
-    assert fewest_segments(line, eps * (1 + 1e-6) + noise_floor(line), lo, hi).bends <= planted.bends
+    if eps > 100 * noise_floor(line):  # as above: of a bound near rounding nothing is known
+        assert fewest_segments(line, eps * (1 + 1e-6) + noise_floor(line), lo, hi).bends <= planted.bends
 
 
 def bends_on_grid(line: Polyline, eps: float, lo: float, hi: float, high: int = 13) -> float:
