@@ -32,6 +32,8 @@ MAX_EXTERNAL_BYTES = 1 << 36
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
 MIN_OPSET = 7
+# The first IR version with local functions.
+_FUNCTION_IR = 8
 # Metadata of a network whose activations were replaced without training; the value says what it is for.
 WHAT_IF = "relu_deploy.what_if"
 # The checker is C++: besides its own errors come those of the standard library, and of names that are no text.
@@ -86,12 +88,23 @@ def load_model(path: Path) -> onnx.ModelProto:
     check_versions(model, path)
     check_parsed(model, path)
     _load_external_data(model, path)
+    _check_operators(model, path)
     check_model(model, path)
     name_nodes(model.graph)
     for entry in model.metadata_props:
         if entry.key == WHAT_IF:
             warnings.warn(f"{path}: its activations were replaced by ReLU, {entry.value}", NetworkWarning, stacklevel=2)
     return model
+
+
+def _check_operators(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse faulty operators of this package's domain, and define them where a file uses them undefined."""
+    try:
+        ops.check_operators(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
+    if opset(model) >= ops.DEFINITION_OPSET and model.ir_version >= _FUNCTION_IR:
+        ops.define_operators(model, opset(model))
 
 
 def parse_model(path: Path) -> onnx.ModelProto:

@@ -8,7 +8,7 @@ function: runtimes need no plugin, and no knowledge of the domain.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -200,8 +200,23 @@ def is_pwlu(node: gs.Node) -> bool:
 
 
 def read_pwlu(node: gs.Node) -> PwluFunction:
-    """The functions of a ``relu_deploy::PWLU`` node; raises as :func:`pwlu_of`."""
-    return pwlu_of(node.name, node.inputs)
+    """The functions of a ``relu_deploy::PWLU`` node.
+
+    Raises:
+        ModelError: as :func:`pwlu_of`, or its input is known not to have that many channels on its channel axis.
+    """
+    function = pwlu_of(node.name, node.inputs)
+    shape, axis = node.inputs[0].shape, channel_axis(node)
+    if function.channels == 1 or not shape:
+        return function
+    if not -len(shape) <= axis < len(shape):
+        raise ModelError(f"node {node.name!r} has its channels on axis {axis} of a tensor of {len(shape)} axes")
+    if isinstance(shape[axis], int) and shape[axis] != function.channels:
+        raise ModelError(
+            f"node {node.name!r} has functions for {function.channels} channels, and its input has {shape[axis]} on "
+            f"axis {axis}"
+        )
+    return function
 
 
 def pwlu_of(title: str, inputs: Sequence[gs.Tensor]) -> PwluFunction:
@@ -258,6 +273,41 @@ def _spelled(function: onnx.FunctionProto) -> tuple[object, ...]:
         for node in function.node
     ]  # fmt: skip
     return (*function.input,), (*function.output,), (*function.attribute,), nodes
+
+
+def check_operators(model: onnx.ModelProto) -> None:
+    """Refuse nodes of this domain that cannot be what they say, before inference stumbles over their definition.
+
+    Raises:
+        ModelError: a PWLU has other inputs than six, or no channel axis, or its parameters do not fit; names the node.
+    """
+    if any((f.domain, f.name) == (DOMAIN, PWLU) and not is_definition(f) for f in model.functions):
+        return  # a stranger's
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for node in _nodes(model.graph.node):
+        if (node.domain, node.op_type) == (DOMAIN, PWLU) and (why := _fault(node, shapes)):
+            raise ModelError(
+                f"the PWLU {node.name or node.op_type!r} {why}",
+                hint="it takes x, left, right, values, slope_left, slope_right: values (C, N + 1), the other four (C,)",
+            )
+
+
+def _fault(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What is wrong with a PWLU by its looks alone; empty where nothing is."""
+    if len(node.input) != 6 or not all(node.input):
+        return f"has {sum(map(bool, node.input))} inputs"
+    if len(node.output) != 1:
+        return f"has {len(node.output)} outputs"
+    if not any(a.name == "channel_axis" and a.type == onnx.AttributeProto.INT for a in node.attribute):
+        return "has no integer attribute channel_axis"
+    left, right, values, low, high = (shapes.get(name) for name in node.input[1:])
+    rows = {shape for shape in (left, right, low, high) if shape is not None}
+    wide = values is None or (len(values) == 2 and values[1] > 1)
+    if len(rows) > 1 or not all(len(row) == 1 and row[0] > 0 for row in rows) or not wide:
+        return "has parameters of the shapes " + ", ".join(str(shapes.get(name)) for name in node.input[1:])
+    if values is not None and rows and next(iter(rows)) != values[:1]:
+        return f"has parameters for {next(iter(rows))[0]} channels and values for {values[0]}"
+    return ""
 
 
 def define_operators(model: onnx.ModelProto, opset: int) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from relu_deploy.errors import ModelError
-from relu_deploy.graph import convert_opset, export_graph, import_graph
+from relu_deploy.graph import convert_opset, export_graph, import_graph, load_model
 from relu_deploy.ops import DOMAIN, PwluFunction, channel_axis, define_operators, drop_definitions, is_pwlu, read_pwlu
 
 NAMES = ("left", "right", "values", "slope_left", "slope_right")
@@ -166,3 +166,46 @@ def test_nothing_is_defined_where_nothing_is_used() -> None:
     model = helper.make_model(body)
     define_operators(model, 18)
     assert not model.functions
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda node, _: node.input.pop(), "has 5 inputs"),
+        (lambda node, _: node.input.append("left"), "has 7 inputs"),
+        (lambda node, _: node.input.__setitem__(3, ""), "has 5 inputs"),
+        (lambda node, _: node.output.append("more"), "has 2 outputs"),
+        (lambda node, _: node.attribute.pop(), "has no integer attribute channel_axis"),
+        (lambda _, weights: weights["values"].dims.__setitem__(slice(None), [1, 68]), "4 channels and values for 1"),
+        (lambda _, weights: weights["values"].dims.__setitem__(slice(None), [68]), "of the shapes"),
+        (lambda _, weights: weights["right"].dims.__setitem__(slice(None), [2, 2]), "of the shapes"),
+    ],
+)
+def test_a_damaged_node_is_named_when_the_file_is_read(damage, message, tmp_path) -> None:
+    model = pwlu_model(random_function(4, 16), 4, 1)
+    damage(model.graph.node[0], {tensor.name: tensor for tensor in model.graph.initializer})
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=f"net.onnx: the PWLU 'unit' .*{message}"):
+        load_model(tmp_path / "net.onnx")
+
+
+def test_a_file_without_the_definition_gets_it_when_it_is_read(tmp_path) -> None:
+    function = random_function(4, 16)
+    model = pwlu_model(function, 4, 1)
+    del model.functions[:]
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    loaded = load_model(tmp_path / "net.onnx")
+    x = np.random.default_rng(1).normal(size=(2, 4, 3, 3)).astype(np.float32)
+    y = ort.InferenceSession(loaded.SerializeToString()).run(None, {"x": x})[0]
+    np.testing.assert_allclose(y, function(x), rtol=1e-5, atol=1e-5)  # as the definition against the reference
+
+
+@pytest.mark.parametrize(
+    ("axis", "channels", "message"),
+    [(1, 5, "functions for 5 channels, and its input has 4 on axis 1"), (4, 4, "on axis 4 of"), (-5, 4, "on axis -5")],
+)
+def test_channels_that_the_input_does_not_have(axis: int, channels: int, message: str) -> None:
+    graph = import_graph(pwlu_model(random_function(channels, 16), 4, axis))
+    graph.inputs[0].shape = ["N", 4, 8, 8]
+    with pytest.raises(ModelError, match=f"node 'unit' has .*{message}"):
+        read_pwlu(graph.nodes[0])

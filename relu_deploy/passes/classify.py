@@ -256,7 +256,8 @@ def summary(kinds: list[Activation], channels: int) -> Activation:
     if set(names) <= {"leaky_relu", "relu", "identity", "abs"} and "leaky_relu" in names:
         return Activation("prelu", f"PReLU with its own slope for each of {channels} channels", exact=exact)
     kind = next((name for name, others in _CONTAINS.items() if name in names and set(names) <= others), "mixed")
-    kind = names[0] if len(names) == 1 else kind
+    if len(names) == 1:
+        return Activation(names[0], f"its own for each of {channels} channels", exact=exact)
     return Activation(kind, f"not the same in all {channels} channels: {', '.join(names)}", exact=exact)
 
 
