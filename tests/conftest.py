@@ -6,10 +6,17 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+# The same examples in every run: a commit is judged by what it changed.
+# `pytest --hypothesis-profile explore` draws others, and more.
+hypothesis.settings.register_profile("explore", max_examples=1000)
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
