@@ -29,6 +29,8 @@ from relu_deploy.report import PassReport, Skip
 
 Array = npt.NDArray[np.float64]
 
+_Float = type[np.float32] | type[np.float64]
+
 _KINDS = ("pwlu", "piecewise_linear", "mixed")
 # Fewer bends than this have operators of their own: PRelu, Clip, HardSigmoid.
 _FEWEST_BENDS = 3
@@ -36,14 +38,14 @@ _MOST_INTERVALS = 256
 # Bends are where float32 constants put them: off the grid by a few units in the last place of what they were computed
 # from, never by a thousandth of a step. What the grid then changes is measured, and is the bound in the note.
 _OFF_GRID = 1e-3
-# Largest jump and error, relative to the largest height or boundary: some twenty roundings of float32.
-_ROUNDING = 2.0**-19
+# Largest jump and error, relative to the largest height or boundary, in roundings of the parameters' type.
+_ROUNDINGS = 16
 
 
 def recognise_pwlu(
     graph: gs.Graph, *, for_file: bool = True, fewest_bends: int = _FEWEST_BENDS, of: Container[str] | None = None
 ) -> PassReport:
-    """Replace regions that are a PWLU by one node with its parameters in float32.
+    """Replace regions that are a PWLU by one node, its parameters in float32, or float64 where the network is.
 
     Args:
         graph: Sorted topologically, with types and shapes where they are known. Edited in place; nodes that nobody
@@ -69,12 +71,13 @@ def recognise_pwlu(
         if of is not None and span.top.tensor.name not in of:
             continue
         try:
-            lines = [_polyline(functions.exact(span.program, channel)) for channel in range(span.channels)]
+            dtype = np.float64 if span.top.tensor.dtype == np.float64 else np.float32
+            lines = [_polyline(functions.exact(span.program, channel), dtype) for channel in range(span.channels)]
             if max(line.bends for line in lines) < fewest_bends:
                 continue
             _check_opset(graph.opset if for_file else ops.DEFINITION_OPSET)
-            function, error = _on_grid(lines)
-            new = _node(span, function, names)
+            function, error = _on_grid(lines, dtype)
+            new = _node(span, function, names, dtype)
         except _OtherError as reason:
             skipped.append(Skip(node.name, f"a piecewise-linear activation that stays spelled out: {reason}"))
             continue
@@ -109,15 +112,19 @@ class _OtherError(Exception):
     """Why a region is no PWLU."""
 
 
+def _rounding(dtype: _Float) -> float:
+    return _ROUNDINGS * float(np.finfo(dtype).eps)
+
+
 def _check_opset(opset: int) -> None:
     if opset < ops.DEFINITION_OPSET:
         raise _OtherError(f"opset {opset} cannot spell the unit's definition; quantising folds it all the same")
 
 
-def _polyline(function: PiecewiseLinear | None) -> Polyline:
+def _polyline(function: PiecewiseLinear | None, dtype: _Float) -> Polyline:
     """An exact function in floats; jumps no larger than rounding are closed.
 
-    A look-up of slope and intercept in float32 jumps by a rounding at each point.
+    A look-up of rounded slope and intercept jumps by a rounding at each point.
     """
     if function is None:
         raise _OtherError("not piecewise linear in every channel")
@@ -134,34 +141,34 @@ def _polyline(function: PiecewiseLinear | None) -> Polyline:
     breaks, values = np.array([float(x) for x in function.breaks]), np.array([sum(side) / 3 for side in sides])
     jump = max(max(side) - min(side) for side in sides)
     size = np.abs(values).max() + (np.abs(slopes).max() * np.abs(breaks)).max()
-    if jump > _ROUNDING * max(size, np.finfo(np.float32).tiny):
+    if jump > _rounding(dtype) * max(size, np.finfo(np.float32).tiny):
         raise _OtherError(f"it jumps by {jump:.3g}")
     return Polyline(breaks, values, float(slopes[0]), float(slopes[-1]))
 
 
-def _on_grid(lines: list[Polyline]) -> tuple[ops.PwluFunction, float]:
-    """Parameters in float32 that give these functions, and their largest error anywhere.
+def _on_grid(lines: list[Polyline], dtype: _Float) -> tuple[ops.PwluFunction, float]:
+    """Parameters of a type that give these functions, and their largest error anywhere.
 
     Raises:
         _OtherError: the bends of a channel do not lie on a grid of at most 256 steps.
     """
     grids = [_grid(line) for line in lines]
     intervals = max(grid.intervals for grid in grids)
-    single = [np.float32(value).astype(np.float64) for value in np.array([(g.left, g.step) for g in grids]).T]
-    left, right = single[0], (single[0] + intervals * single[1]).astype(np.float32).astype(np.float64)
+    single = [value.astype(dtype).astype(np.float64) for value in np.array([(g.left, g.step) for g in grids]).T]
+    left, right = single[0], (single[0] + intervals * single[1]).astype(dtype).astype(np.float64)
     points = left[:, None] + (right - left)[:, None] * np.arange(intervals + 1) / intervals
     values = np.array([line(row) for line, row in zip(lines, points, strict=True)])
     ends = np.array([(line.slope_left, line.slope_right) for line in lines]).T
     try:
         function = ops.PwluFunction(
-            left, right, *(part.astype(np.float32).astype(np.float64) for part in (values, ends[0], ends[1]))
+            left, right, *(part.astype(dtype).astype(np.float64) for part in (values, ends[0], ends[1]))
         )
     except ModelError as error:
         raise _OtherError(str(error)) from error
-    return function, _error(lines, function)
+    return function, _error(lines, function, dtype)
 
 
-def _error(lines: list[Polyline], function: ops.PwluFunction) -> float:
+def _error(lines: list[Polyline], function: ops.PwluFunction, dtype: _Float) -> float:
     """Largest error within a hundred times the width of each channel's grid; refuses more than rounding explains."""
     worst = 0.0
     for line, new in zip(lines, polylines(function), strict=True):
@@ -169,7 +176,7 @@ def _error(lines: list[Polyline], function: ops.PwluFunction) -> float:
         margin = 100 * (high - low)
         error = largest_error(line, new, float(low - margin), float(high + margin))
         size = np.abs(line(np.array([low - margin, high + margin]))).max() + np.abs(new.values).max() + abs(low) + high
-        if error > _ROUNDING * size:
+        if error > _rounding(dtype) * size:
             raise _OtherError(f"the nearest one is off by {error:.3g}")
         worst = max(worst, error)
     return worst
@@ -204,14 +211,14 @@ def _grid(line: Polyline) -> _Grid:
     raise AssertionError  # pragma: no cover - the count has no end
 
 
-def _node(span: Span, function: ops.PwluFunction, names: Names) -> gs.Node:
+def _node(span: Span, function: ops.PwluFunction, names: Names, dtype: _Float) -> gs.Node:
     """The node, without its output."""
     node, program = span.bottom.node, span.program
     assert node is not None and program is not None  # noqa: S101, PT018 - looked at before
     if function.channels > 1 and program.axis is None:
         raise _OtherError("its channel axis is not known")
     parameters = [
-        names.constant(f"{node.name}/{name}", np.asarray(getattr(function, name), np.float32))
+        names.constant(f"{node.name}/{name}", np.asarray(getattr(function, name), dtype))
         for name in ("left", "right", "values", "slope_left", "slope_right")
     ]
     attrs = {"channel_axis": -1 if program.axis is None else program.axis}

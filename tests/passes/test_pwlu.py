@@ -466,3 +466,18 @@ def test_two_units_in_a_row_are_two():
         before = run(model, x)
         # Rounding of the first unit's hinges, larger than their sum, times slopes of the second of ten and more.
         np.testing.assert_allclose(run(result, x), before, rtol=0, atol=1e-4 * np.abs(before).max())
+
+
+def test_a_float64_spelling_keeps_its_digits():
+    function = unit(6)
+    names = {name: getattr(function, name) + 1e-9 for name in NAMES}  # what float32 would round away
+    model = alone(function, kind="double")
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(names[tensor.name], tensor.name))
+    spelled, _ = spell(model, "tensorrt-rtx")
+    gathered, report = rewrite(spelled)
+    assert count_ops(gathered) == {"PWLU": 1}, report
+    x = sample(2, 6, 5, 5).astype(np.float64)
+    before = run(model, x)
+    # Seventeen hinges each some hundred times the roundings of the type.
+    np.testing.assert_allclose(run(gathered, x), before, rtol=0, atol=1e-13 * np.abs(before).max())
