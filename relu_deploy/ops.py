@@ -266,12 +266,12 @@ def is_definition(function: onnx.FunctionProto) -> bool:
 
 
 def _spelled(function: onnx.FunctionProto) -> tuple[object, ...]:
-    """What a function computes, without names of nodes and remarks."""
-    nodes = [
+    """What a function computes, without names of nodes, their order (tensors have one maker each) and remarks."""
+    nodes = sorted(
         (node.domain, node.op_type, tuple(node.input), tuple(node.output),
          sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute))
         for node in function.node
-    ]  # fmt: skip
+    )  # fmt: skip
     return (*function.input,), (*function.output,), (*function.attribute,), nodes
 
 

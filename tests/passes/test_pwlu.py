@@ -481,3 +481,11 @@ def test_a_float64_spelling_keeps_its_digits():
     before = run(model, x)
     # Seventeen hinges each some hundred times the roundings of the type.
     np.testing.assert_allclose(run(gathered, x), before, rtol=0, atol=1e-13 * np.abs(before).max())
+
+
+def test_a_rewritten_network_is_not_rewritten_again():
+    z = np.zeros(())
+    model = behind_conv(unit(6), "r = Max(a, z) y = Identity(r)", out="N, 6, 8, 8", z=z)
+    once, report = rewrite(model)
+    assert report.changed
+    assert not rewrite(once)[1].changed
