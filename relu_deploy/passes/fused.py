@@ -1,7 +1,7 @@
 """Activations that cannot be read off elementwise standard operators: fused into a layer, or operators of their own.
 
 They are named by the definition of the operator: those that ONNX Runtime's optimiser writes, recurrent layers, Softmax,
-and a PRelu whose slopes differ in more than the channel.
+a PRelu whose slopes differ in more than the channel, and a PWLU whose parameters are computed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
+from relu_deploy.ops import is_pwlu
 from relu_deploy.passes.classify import Activation
 from relu_deploy.passes.region import constant_values
 
@@ -56,6 +57,8 @@ def fused_activation(node: gs.Node) -> Fused | None:
         live = len(node.inputs) > 1 and constant_values(node.inputs[1]) is None
         why = "its slopes are computed at run time" if live else None
         return Fused(Activation("prelu", "PReLU with slopes of more than one axis", exact=True), why)
+    if is_pwlu(node):  # with constants a region holds it
+        return Fused(Activation("pwlu", "a PWLU", exact=True), "its parameters are computed at run time")
     return _of_microsoft(node) if node.domain == _MICROSOFT else None
 
 

@@ -489,3 +489,13 @@ def test_a_rewritten_network_is_not_rewritten_again():
     once, report = rewrite(model)
     assert report.changed
     assert not rewrite(once)[1].changed
+
+
+def test_a_unit_with_computed_parameters_is_left_alone_and_said_so():
+    model = behind_conv(unit(6), "y = Identity(a)", out="N, 6, 8, 8")
+    model.graph.initializer.remove(next(t for t in model.graph.initializer if t.name == "left"))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("left", onnx.TensorProto.FLOAT, [6]))
+    found = survey(model)
+    assert (found.counts, found.left_alone) == ({}, {"pwlu": 1})
+    assert found.activations[0].left_alone == "its parameters are computed at run time"
+    assert not rewrite(model)[1].passes[-1].changed
