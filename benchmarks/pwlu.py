@@ -116,7 +116,13 @@ def train(kind: str, width: int, epochs: int) -> nn.Module:
 
 def deploy(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, EngineBuilt]:
     """Train, export, build both INT8 engines, and say how well they classify."""
-    model = train(kind, args.width, args.epochs)
+    weights = folder / f"{kind}.pt"
+    if weights.exists():
+        model = resnet18(kind, args.width).eval()
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    else:
+        model = train(kind, args.width, args.epochs)
+        torch.save(model.state_dict(), weights)
     path, sizes = folder / f"{kind}.onnx", (min(TRAIN_SIZE, *args.sizes), max(TRAIN_SIZE, *args.sizes))
     dynamic = [DynamicAxis("x", 0, 1, 8), DynamicAxis("x", 2, *sizes), DynamicAxis("x", 3, *sizes)]
     example = ExampleInput("x", (2, 3, TRAIN_SIZE, TRAIN_SIZE), low=-1, high=1)
@@ -197,7 +203,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage; 64 is ResNet-18")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 224], help="of the images whose latency is taken")
     parser.add_argument("--seconds", type=float, default=10.0, help="measured time of each engine")
-    parser.add_argument("--keep", type=Path, help="folder for the networks and engines")
+    parser.add_argument("--keep", type=Path, help="folder for networks and engines; what is trained there is not again")
     args = parser.parse_args()
     machine = describe_machine()
     print(f"{machine.cpu}, {machine.logical_cpus} CPUs, {'without' if lacks_vnni(machine.flags) else 'with'} VNNI")

@@ -116,6 +116,17 @@ def with_pooled(graph: gs.Graph, placement: Placement, outputs: Iterable[str], m
     return dataclasses.replace(placement, uses=uses)
 
 
+def quantised_behind(tensor: gs.Variable, placement: Placement) -> bool:
+    """Whether a tensor is quantised, or all that reads it only moves or selects values that are then quantised."""
+    if tensor.name in placement.uses:
+        return True
+    readers = list(tensor.outputs)
+    return bool(readers) and all(
+        node.op in MOVING_OPS and node.inputs[0] is tensor and quantised_behind(node.outputs[0], placement)
+        for node in readers
+    )
+
+
 def fused_relu(tensor: gs.Variable, graph: gs.Graph) -> gs.Node | None:
     """The ReLU or Clip(0, .) that is the only reader of a tensor, so that both become one quantised output."""
     if len(tensor.outputs) != 1 or any(tensor is output for output in graph.outputs):

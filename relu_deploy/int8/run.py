@@ -15,7 +15,7 @@ from relu_deploy.errors import QuantizationError
 from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
-from relu_deploy.int8.place import Layer, Placement, place, with_pooled
+from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
@@ -158,7 +158,10 @@ def _fold_learned(
             activation_qparams(*bounds[node.outputs[0].name], number).scale / 2, *bounds[node.inputs[0].name]
         )
         for node in graph.nodes
-        if is_pwlu(node) and node.outputs[0].name in planned.uses and node.inputs[0].name in bounds
+        if is_pwlu(node)
+        and node.inputs[0].name in bounds
+        and node.outputs[0].name in bounds
+        and quantised_behind(node.outputs[0], planned)
     }
     # A scale folded into a layer changes its output's range, which ONNX Runtime's integer layers need.
     notes = fold_pwlu(graph, allowed, two_pieces=not number.unsigned).notes

@@ -95,3 +95,22 @@ def test_names_of_parts():
     assert part_of("block/act/hinge_12/Relu") == ("block/act", "hinges")
     assert part_of("block/act/slopes/found") == part_of("block/act/offsets/found") == ("block/act", "table")
     assert part_of("block/hinge/Relu") is None
+
+
+def test_half_a_step_counts_through_a_pool():
+    """The stem of a ResNet: the quantiser stands behind the MaxPool, and its step is what the activation may be off by."""
+    model = network("pwlu")
+    points = np.tile(np.linspace(-3, 3, 17), (CHANNELS, 1))
+    noisy = np.maximum(points, 0) + np.random.default_rng(0).uniform(-1e-3, 1e-3, points.shape)
+    fresh = {"values": noisy, "slope_left": np.zeros(CHANNELS), "slope_right": np.ones(CHANNELS)}
+    for tensor in model.graph.initializer:
+        if tensor.name in fresh:
+            tensor.CopyFrom(numpy_helper.from_array(fresh[tensor.name].astype(np.float32), tensor.name))
+    place = next(i for i, node in enumerate(model.graph.node) if "a1" in node.input)
+    model.graph.node[place].input[0] = "pooled"
+    pool = onnx.helper.make_node("MaxPool", ["a1"], ["pooled"], "pool", kernel_shape=[3, 3], pads=[1] * 4)
+    model.graph.node.insert(place, pool)
+    x = np.random.default_rng(1).normal(size=(4, 8, 24, 24)).astype(np.float32)
+    ranges = calibrate(model, open_source({"x": x}, model_inputs(model)))
+    _, report = quantize(model, ranges, target="tensorrt-rtx")
+    assert [form.split(",")[0] for form in report.folded.values()] == ["ReLU"] * 3
