@@ -98,7 +98,7 @@ def test_names_of_parts():
 
 
 def test_half_a_step_counts_through_a_pool():
-    """The stem of a ResNet: the quantiser stands behind the MaxPool, and its step is what the activation may be off by."""
+    """The stem of a ResNet: the quantiser stands behind the MaxPool; half its step is what the unit may be off by."""
     model = network("pwlu")
     points = np.tile(np.linspace(-3, 3, 17), (CHANNELS, 1))
     noisy = np.maximum(points, 0) + np.random.default_rng(0).uniform(-1e-3, 1e-3, points.shape)
