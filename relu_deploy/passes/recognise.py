@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Container
 
 import numpy as np
@@ -38,6 +39,7 @@ _MOST_INTERVALS = 256
 # Bends are where float32 constants put them: off the grid by a few units in the last place of what they were computed
 # from, never by a thousandth of a step. What the grid then changes is measured, and is the bound in the note.
 _OFF_GRID = 1e-3
+_HINGE = re.compile(r"/hinge_\d+/\w+$")
 # Largest jump and error, relative to the largest height or boundary, in roundings of the parameters' type.
 _ROUNDINGS = 16
 
@@ -217,9 +219,11 @@ def _node(span: Span, function: ops.PwluFunction, names: Names, dtype: _Float) -
     assert node is not None and program is not None  # noqa: S101, PT018 - looked at before
     if function.channels > 1 and program.axis is None:
         raise _OtherError("its channel axis is not known")
+    # Spelled for a target before, it gets the name back that it had.
+    title = _HINGE.sub("", node.name)
     parameters = [
-        names.constant(f"{node.name}/{name}", np.asarray(getattr(function, name), dtype))
+        names.constant(f"{title}/{name}", np.asarray(getattr(function, name), dtype))
         for name in ("left", "right", "values", "slope_left", "slope_right")
     ]
     attrs = {"channel_axis": -1 if program.axis is None else program.axis}
-    return gs.Node(ops.PWLU, node.name, attrs, [span.top.tensor, *parameters], domain=ops.DOMAIN)
+    return gs.Node(ops.PWLU, title, attrs, [span.top.tensor, *parameters], domain=ops.DOMAIN)

@@ -356,6 +356,15 @@ def test_rewrite_for_a_target():
         assert report.verification.outputs[0].error <= report.verification.outputs[0].allowed
 
 
+def test_spelled_twice_it_is_the_same_graph():
+    once, _ = rewrite(alone(unit(6)), target="tensorrt-rtx")
+    twice, _ = rewrite(once, target="tensorrt-rtx")
+    assert sorted(node.name for node in twice.graph.node) == sorted(node.name for node in once.graph.node)
+    x = sample(2, 6, 5, 5)
+    # Gathering rounds heights and boundaries to float32 again; slopes reach 30 here, and values 50.
+    np.testing.assert_allclose(run(twice, x), run(once, x), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 def test_what_torch_exports_by_itself_is_gathered(exporter, tmp_path: Path):
