@@ -168,8 +168,16 @@ def float_error(model: nn.Module, network: onnx.ModelProto) -> None:
 
 def kernels_of_units(built: EngineBuilt) -> str:
     """For each learned activation of an RTX engine, by how many kernels it is computed."""
-    counts = [len(found.kernel.split(", ")) for found in built.engine.audit.activations if found.kind == "hinges"]
-    return f"{len(counts)} PWLU, each computed by {min(counts)} to {max(counts)} kernels" if counts else "no PWLU"
+    folded = built.quantize.folded if built.quantize else {}
+    found = {one.name: one for one in built.engine.audit.activations if one.name in folded}
+    counts = Counter(len(one.kernel.split(", ")) for one in found.values())
+    kernels = ", ".join(f"{number} computed by {count} each" for count, number in sorted(counts.items()))
+    lost = len(folded) - len(found)
+    return (
+        f"kernels of the {len(folded)} PWLU: {kernels}" + (f", {lost} not found" if lost else "")
+        if folded
+        else "no PWLU"
+    )
 
 
 def latency(folder: Path, size: int, seconds: float) -> None:
