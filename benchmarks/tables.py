@@ -35,6 +35,8 @@ ISLANDS = {
     **{op: f"f = {op}(x, c)" for op in ("Add", "Mul", "Sub", "Div", "Max", "Min", "PRelu", "Pow")},
     "PRelu as Mul and Max": "m = Mul(x, c) f = Max(x, m)",
     "one hinge": "a = Mul(x, c) b = Add(a, c) d = Sub(x, c) e = Relu(d) g = Mul(e, c) f = Add(b, g)",
+    "two hinges": "a = Mul(x, c) b = Add(a, c) d = Sub(x, c) e = Relu(d) g = Mul(e, c) h = Add(b, g) "
+    "k = Add(x, c) l = Relu(k) m = Mul(l, c) f = Add(h, m)",
     "Mul of two tensors": "f = Mul(x, x)",
     "Where": "l = Less(x, c) f = Where(l, x, c)",
     "Cast": "i = Cast <to = 6> (x) f = Cast <to = 1> (i)",
@@ -51,13 +53,19 @@ def model(body: str, opset: int = 20) -> onnx.ModelProto:
     constants = {
         "s": np.float32(0.05), "z": np.uint8(100), "c": rng.random((64, 1, 1)).astype(np.float32) + 1,
         "three": np.float32(3), "zero": np.float32(0), "six": np.float32(6), "rows": np.array([-1, 64]),
-        "shape": np.array([1, 112, 112, 64]), "table": rng.integers(0, 256, (256, 64)).astype(np.uint8),
+        "wq": rng.integers(-63, 64, (64, 64, 3, 3)).astype(np.int8), "wz": np.int8(0),
+        "offset": (np.arange(64, dtype=np.int32) * 256).reshape(64, 1, 1),
+        "flat": rng.integers(0, 256, 64 * 256).astype(np.uint8), "shape": np.array([1, 112, 112, 64]),
+        "table": rng.integers(0, 256, (256, 64)).astype(np.uint8),
     }  # fmt: skip
     result.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items())
     return result
 
 
 FORMS = {
+    "3 x 3 convolution": "x = DequantizeLinear(q, s, z) w = DequantizeLinear(wq, s, wz) "
+    "f = Conv <pads = [1, 1, 1, 1]> (x, w) y = QuantizeLinear(f, s, z)",
+    "table by Gather": "i = Cast <to = 6> (q) o = Add(i, offset) y = Gather(flat, o)",
     "table": "r = Reshape(q, rows) i = Cast <to = 6> (r) g = GatherElements <axis = 0> (table, i) "
     "l = Reshape(g, shape) y = Transpose <perm = [0, 3, 1, 2]> (l)",
     **{name: f"x = DequantizeLinear(q, s, z) {body} y = QuantizeLinear(f, s, z)" for name, body in ISLANDS.items()},
