@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -142,7 +143,10 @@ class Distiller:
         make_folder(self.out / "checkpoints")
         # Without cpu=, processes on a machine with no GPU would not know of each other.
         cpu = not torch.accelerator.is_available()
+        joined = _in_group()
         run = _Run(self, Accelerator(mixed_precision=self.config.precision, cpu=cpu))
+        if _in_group() and not joined:
+            atexit.register(_leave_group)
         if not run.accelerator.is_main_process:
             return run.train(resume=resume, progress=silent)
         with checkpoint.locked(self.out):
@@ -156,6 +160,16 @@ class Distiller:
                 self._evaluate, size, rank=rank, processes=processes, workers=0, collate=self.task.collate
             )
         )
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _leave_group() -> None:
+    """Leave the processes that trained together. One that just ends aborts at times, in the threads of its group."""
+    if _in_group():
+        torch.distributed.destroy_process_group()
 
 
 class _Run:
