@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -76,14 +76,7 @@ def fold_pwlu(graph: gs.Graph, bounds: Mapping[str, Bound] | None = None, *, two
     skipped: list[Skip] = []
     notes: dict[str, str] = {}
     pinned, names = pinned_names(graph), Names(graph)
-    for node in list(graph.nodes):
-        if not ops.is_pwlu(node):
-            continue
-        try:
-            function = ops.read_pwlu(node)
-        except ModelError as error:
-            skipped.append(Skip(node.name, str(error)))
-            continue
+    for node, function in units_of(graph, skipped):
         bound = (bounds or {}).get(node.outputs[0].name, EXACT)
         note: str | Skip | None = _to_relu(graph, node, function, bound)
         if note is None:
@@ -94,6 +87,17 @@ def fold_pwlu(graph: gs.Graph, bounds: Mapping[str, Bound] | None = None, *, two
             changed.append(node.name)
             notes[node.name] = note
     return PassReport("fold_pwlu", tuple(changed), tuple(skipped), notes)
+
+
+def units_of(graph: gs.Graph, skipped: list[Skip]) -> Iterator[tuple[gs.Node, ops.PwluFunction]]:
+    """Every ``relu_deploy::PWLU`` with its functions; those that cannot be read go to ``skipped``, with the reason."""
+    for node in list(graph.nodes):
+        if not ops.is_pwlu(node):
+            continue
+        try:
+            yield node, ops.read_pwlu(node)
+        except ModelError as error:
+            skipped.append(Skip(node.name, str(error)))
 
 
 def polylines(function: ops.PwluFunction) -> list[Polyline]:

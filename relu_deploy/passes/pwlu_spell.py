@@ -19,10 +19,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from relu_deploy import ops
-from relu_deploy.errors import ModelError
 from relu_deploy.passes.edit import Names
 from relu_deploy.passes.polyline import Hinges, stack
-from relu_deploy.passes.pwlu import EXACT, Bound, along, become, fewest, within
+from relu_deploy.passes.pwlu import EXACT, Bound, along, become, fewest, units_of, within
 from relu_deploy.report import PassReport, Skip
 from relu_deploy.targets import Target
 
@@ -52,14 +51,7 @@ def spell_pwlu(
     skipped: list[Skip] = []
     notes: dict[str, str] = {}
     names = Names(graph)
-    for node in list(graph.nodes):
-        if not ops.is_pwlu(node):
-            continue
-        try:
-            function = ops.read_pwlu(node)
-        except ModelError as error:
-            skipped.append(Skip(node.name, str(error)))
-            continue
+    for node, function in units_of(graph, skipped):
         shape = along(node, function.channels)
         if shape is None:
             skipped.append(Skip(node.name, "the rank of its input is not known, so its channels cannot be lined up"))
