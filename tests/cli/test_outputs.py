@@ -251,6 +251,7 @@ def stop_when(process: subprocess.Popen[str], mark: Path, sent: signal.Signals) 
     while not mark.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     assert mark.exists(), process.communicate()[1]
+    time.sleep(0.05)  # an interrupt that is raised while a file is being closed is lost in the closing
     process.send_signal(sent)
 
 

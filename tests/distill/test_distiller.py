@@ -129,7 +129,8 @@ def test_the_documentation_has_every_setting_with_its_default():
 def test_two_processes_train_what_one_does(tmp_path):
     script = tmp_path / "train.py"
     body = SCRIPT.format(folder=os.path.dirname(__file__))  # noqa: PTH120
-    script.write_text(body + "\nassert torch.distributed.get_world_size() == 2\n")
+    # Gloo's threads abort a process at times while it ends, after everything is done.
+    script.write_text(body + "\nassert torch.distributed.get_world_size() == 2\nimport os\nos._exit(0)\n")
     # accelerate 1.15's own "launch --cpu --num_processes 2" starts one process where there is no MPI.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*command, str(script), str(tmp_path / "two"), "B", "0"], check=True, timeout=120)

@@ -175,8 +175,10 @@ def seconds(layers: int) -> float:
 
 
 def test_time_grows_with_the_number_of_layers_that_share_their_weights_and_not_with_its_square():
-    # Eight times the layers; a quadratic pass would take 64 times as long, and this machine may be three times slower at will.
-    assert seconds(8000) < 24 * max(min(seconds(1000), seconds(1000)), 0.01)
+    # Eight times the layers; a quadratic pass would take 64 times as long. The best of a few on either side: what else
+    # runs on the machine only ever adds.
+    many, few = min(seconds(8000) for _ in range(2)), min(seconds(1000) for _ in range(4))
+    assert many < 40 * max(few, 0.01)
 
 
 def test_float16_is_rounded_once(parse, prove):
