@@ -127,8 +127,10 @@ def build_engine(
     if int8 is not None:
         refuse_quantized(original)
     rewritten, rewrite_report = rewrite(original)
-    network, ranges, quant_report = spell(rewritten, config.target)[0], None, None
-    if int8 is not None:
+    ranges, quant_report = None, None
+    if int8 is None:
+        network, _ = spell(rewritten, config.target)  # quantising spells by itself, and knows how exact it has to be
+    else:
         ranges = _ranges(int8, original, rewritten, progress)
         network, quant_report = quantize(
             rewritten, ranges, target=config.target, weight_bits=int8.weight_bits, keep_float=int8.keep_float,
