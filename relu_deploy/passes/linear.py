@@ -170,7 +170,7 @@ def after(layer: Layer, affine: Affine) -> Weights:
     factor, offset = affine.factor, affine.offset
     beta = _beta(layer)
     with np.errstate(over="ignore", invalid="ignore"):  # _rounded looks at what came of it
-        return _rounded(layer, _scaled_outputs(layer, factor), factor * layer.bias + offset / beta)
+        return _rounded(layer, _scaled(layer, factor, outputs=True), factor * layer.bias + offset / beta)
 
 
 def before(layer: Layer, affine: Affine) -> Weights:
@@ -190,7 +190,7 @@ def before(layer: Layer, affine: Affine) -> Weights:
     with np.errstate(over="ignore", invalid="ignore"):
         shift = alpha * _response(layer, affine.offset)
         bias = layer.bias + (shift / _beta(layer) if shift.any() else 0.0)
-        return _rounded(layer, _scaled_inputs(layer, affine.factor), bias)
+        return _rounded(layer, _scaled(layer, affine.factor, outputs=False), bias)
 
 
 def write(layer: Layer, weights: Weights, names: Names, suffix: str) -> None:
@@ -220,26 +220,17 @@ def _beta(layer: Layer) -> float:
     return beta
 
 
-def _scaled_outputs(layer: Layer, factor: Array) -> Array:
-    """Multiply along the output channels: axis 0 of Conv, axis 1 within each group of ConvTranspose, N of a matrix."""
+def _scaled(layer: Layer, factor: Array, *, outputs: bool) -> Array:
+    """Weights multiplied along the output channels, or along the input channels.
+
+    Output channels are axis 0 of Conv, axis 1 within each group of ConvTranspose, and N of a matrix; input channels are
+    those axes of the other convolution, and K of a matrix.
+    """
     weight, node = layer.weight.astype(np.float64), layer.node
     if node.op in ("Gemm", "MatMul"):
-        return weight * (factor[:, None] if _is_transposed(node) else factor[None, :])
+        return weight * (factor[:, None] if _is_transposed(node) == outputs else factor[None, :])
     spatial = (1,) * (weight.ndim - 2)
-    if node.op == "Conv":
-        return weight * factor.reshape(-1, 1, *spatial)
-    groups = int(node.attrs.get("group", 1))
-    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    return (split * factor.reshape(groups, 1, weight.shape[1], *spatial)).reshape(weight.shape)
-
-
-def _scaled_inputs(layer: Layer, factor: Array) -> Array:
-    """Multiply along the input channels: axis 0 of ConvTranspose, axis 1 within each group of Conv, K of a matrix."""
-    weight, node = layer.weight.astype(np.float64), layer.node
-    if node.op in ("Gemm", "MatMul"):
-        return weight * (factor[None, :] if _is_transposed(node) else factor[:, None])
-    spatial = (1,) * (weight.ndim - 2)
-    if node.op == "ConvTranspose":
+    if node.op == ("Conv" if outputs else "ConvTranspose"):
         return weight * factor.reshape(-1, 1, *spatial)
     groups = int(node.attrs.get("group", 1))
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])

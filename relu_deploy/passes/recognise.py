@@ -8,7 +8,6 @@ piecewise-linear function whose bends lie on a grid of equal steps, the grid and
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Container
 
@@ -201,16 +200,14 @@ def _grid(line: Polyline) -> _Grid:
     gaps = np.diff(spots)
     # A bend of the unit vanishes where two neighbouring pieces have one slope, so even the smallest gap may be several
     # steps: fractions of it are tried.
-    for divisor in itertools.count(1):
-        rough = float(gaps.min()) / divisor
-        intervals = round(float(spots[-1] - spots[0]) / rough)
-        if intervals > _MOST_INTERVALS:
-            raise _OtherError(f"its bends lie on no grid of {_MOST_INTERVALS} steps or fewer")
+    divisor, least = 1, float(gaps.min())
+    while (intervals := round(float(spots[-1] - spots[0]) / (least / divisor))) <= _MOST_INTERVALS:
+        divisor += 1
         step = float(spots[-1] - spots[0]) / intervals
         places = (spots - spots[0]) / step
         if np.abs(places - np.rint(places)).max() < _OFF_GRID:
             return _Grid(float(spots[0]), step, intervals)
-    raise AssertionError  # pragma: no cover - the count has no end
+    raise _OtherError(f"its bends lie on no grid of {_MOST_INTERVALS} steps or fewer")
 
 
 def _node(span: Span, function: ops.PwluFunction, names: Names, dtype: _Float) -> gs.Node:
