@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -33,13 +31,13 @@ from torch.nn import functional as F  # noqa: N812
 from calib.inputs import model_inputs
 from calib.run import calibrate
 from calib.sources import open_source
+from common import print_machine, working_folder
 from relu_deploy.bench.compare import bench
 from relu_deploy.engines.base import BuildConfig, ShapeRange, get_backend
 from relu_deploy.engines.plan import read_plan
 from relu_deploy.export import DynamicAxis, ExampleInput, export_model
 from relu_deploy.flow import Int8Plan, build_engine
 from relu_deploy.graph import import_graph, load_model
-from relu_deploy.machine import describe_machine, lacks_vnni
 from relu_deploy.nn.dynamic import DyReLU
 from relu_deploy.passes.dyrelu import find_dyrelu
 from relu_deploy.passes.fold_dynamic import fold_dynamic, measure_folding
@@ -148,24 +146,13 @@ def speed(engines: dict[str, Path], seconds: float) -> None:
     print(*(f"  {warning}" for warning in report.warnings), sep="\n")
 
 
-@contextlib.contextmanager
-def working_folder(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5.0, help="measured time of each engine")
     parser.add_argument("--keep", type=Path, help="folder for the networks and engines")
     args = parser.parse_args()
-    machine = describe_machine()
-    print(f"{machine.cpu}, {machine.logical_cpus} CPUs, {'without' if lacks_vnni(machine.flags) else 'with'} VNNI")
+    print_machine()
     with working_folder(args.keep) as folder:
         small: dict[str, Path] = {}
         wide: dict[str, Path] = {}

@@ -17,10 +17,7 @@ Needs the extras torch, demo and tensorrt-rtx, and g++ for training. About five 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +30,12 @@ from torch.nn import functional as F  # noqa: N812
 from calib.inputs import model_inputs
 from calib.session import open_session
 from calib.sources import open_source
+from common import latency_ratio, print_machine, working_folder
 from relu_deploy.bench.compare import bench
 from relu_deploy.engines.base import BuildConfig, ShapeRange, get_backend
 from relu_deploy.export import DynamicAxis, ExampleInput, export_model
 from relu_deploy.flow import EngineBuilt, Int8Plan, build_engine
 from relu_deploy.graph import load_model
-from relu_deploy.machine import describe_machine, lacks_vnni
 from relu_deploy.nn.pwlu import PWLU
 from relu_deploy.nn.pwlu_model import collect_statistics, realign, use_kernel
 from relu_deploy.passes.run import rewrite, spell
@@ -187,22 +184,11 @@ def latency(folder: Path, size: int, seconds: float) -> None:
     relu, (learned,) = report.original, report.engines
     ratio = learned.ratio
     assert ratio is not None
-    interval = f" [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]" if ratio.high and ratio.low else ""
     print(
         f"ONNX Runtime INT8, batch 1, {size} x {size}: ReLU {relu.median_ms:.2f} ms, PWLU {learned.median_ms:.2f} ms, "
-        f"latency {1 / ratio.value:.2f} x{interval}"
+        f"{latency_ratio(ratio)}"
     )
     print(*(f"  {warning}" for warning in report.warnings), sep="\n")
-
-
-@contextlib.contextmanager
-def working_folder(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 def main() -> None:
@@ -213,8 +199,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="measured time of each engine")
     parser.add_argument("--keep", type=Path, help="folder for networks and engines; what is trained there is not again")
     args = parser.parse_args()
-    machine = describe_machine()
-    print(f"{machine.cpu}, {machine.logical_cpus} CPUs, {'without' if lacks_vnni(machine.flags) else 'with'} VNNI")
+    print_machine()
     with working_folder(args.keep) as folder:
         built = {}
         for kind in ("relu", "pwlu"):

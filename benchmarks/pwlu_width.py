@@ -21,11 +21,11 @@ from onnx import helper, numpy_helper
 
 from calib.inputs import model_inputs
 from calib.sources import open_source
+from common import latency_ratio, print_machine
 from relu_deploy import ops
 from relu_deploy.bench.compare import bench
 from relu_deploy.engines.base import BuildConfig
 from relu_deploy.flow import Int8Plan, build_engine
-from relu_deploy.machine import describe_machine, lacks_vnni
 
 NAMES = ("left", "right", "values", "slope_left", "slope_right")
 # Elements of each tensor: as many as a stage of ResNet-18 has at 224 x 224.
@@ -71,8 +71,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=5.0, help="measured time of each engine")
     args = parser.parse_args()
-    machine = describe_machine()
-    print(f"{machine.cpu}, {machine.logical_cpus} CPUs, {'without' if lacks_vnni(machine.flags) else 'with'} VNNI")
+    print_machine()
     for width in args.widths:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -85,10 +84,9 @@ def main() -> None:
             report = bench([folder / "pwlu.ort.onnx"], against=folder / "relu.ort.onnx", seconds=args.seconds)
         ratio = report.engines[0].ratio
         assert ratio is not None
-        interval = f" [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]" if ratio.high and ratio.low else ""
         print(
             f"{width:4d} channels, {shape[2]} x {shape[3]}: ReLU {report.original.median_ms:.2f} ms, "
-            f"PWLU {report.engines[0].median_ms:.2f} ms, latency {1 / ratio.value:.2f} x{interval}"
+            f"PWLU {report.engines[0].median_ms:.2f} ms, {latency_ratio(ratio)}"
         )
 
 
