@@ -18,7 +18,7 @@ def inside(package: str, *parts: str) -> Path:
     """A file of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        pytest.skip(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+        pytest.skip(f"{package} is not installed: pip install 'relu-deploy[dev]'")
     (path,) = Path(spec.origin).parent.glob("/".join(parts))
     return path
 
