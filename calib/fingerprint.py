@@ -5,7 +5,7 @@ depend on how weights are stored, on file paths, documentation strings, metadata
 them).
 
 The data's is a sum of one hash a sample, so it does not depend on batches or order, and those of shards add up to
-that of one run over all of them.
+that of one run over all of them. A sum cannot tell whether two shards share samples: a sketch can.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from onnx import numpy_helper
 
 _A = onnx.AttributeProto
 _MODULUS = 1 << 256
+# Samples that a sketch remembers, and hex digits of each: 48 bits, so that two of 256 are alike by chance in one of
+# 10**10 cases.
+SKETCH = 256
+_SKETCH_DIGITS = 12
 
 
 class _Digest:
@@ -168,3 +172,17 @@ def combine(*hashes: int) -> int:
 def to_hex(value: int) -> str:
     """64 hex digits of a data fingerprint."""
     return f"{value:064x}"
+
+
+def sketch_of(value: int) -> str:
+    """What a sketch holds of one sample's hash."""
+    return to_hex(value)[:_SKETCH_DIGITS]
+
+
+def sketch(*parts: Iterable[str]) -> tuple[str, ...]:
+    """The smallest ``SKETCH`` hashes of all parts, each once: a random choice of samples that all shards make alike.
+
+    >>> sketch(["b", "a"], ["a"])
+    ('a', 'b')
+    """
+    return tuple(sorted({name for part in parts for name in part})[:SKETCH])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-# Ways to choose a range; see calib.observers.
-METHODS = ("max",)
+# Ways to choose a range; see calib.choose. All but the first need histograms.
+METHODS = ("max", "percentile", "entropy", "mse")
+PERCENTILE = 99.99
 
 # What calib.images.parse_preprocess reads.
 PREPROCESS_HELP = """\

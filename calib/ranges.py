@@ -1,7 +1,7 @@
 """The ranges file: what calibration measured, of which network, on which data.
 
 JSON that a person can open, one tensor a line. Numbers are the shortest decimals that give the measured float32 back
-exactly.
+exactly. Methods that need one add the tensor's histogram, as :func:`calib.histogram.to_runs` writes it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from calib.errors import FileError, RangesError
 from calib.files import read_json, write_text
-from calib.fingerprint import combine, model_fingerprint, to_hex
+from calib.fingerprint import model_fingerprint
+from calib.histogram import CHANNEL_BITS, TENSOR_BITS, Histogram, bins_of, from_runs, to_runs
 from calib.options import METHODS
 
 FORMAT = "calib-ranges"
-FORMAT_VERSION = 1
+# Version 2 added histograms; without one, a file is of version 1 still.
+FORMAT_VERSION = 2
 EMPTY = "it was empty for every sample"
 
 
@@ -39,6 +41,8 @@ class TensorRange:
         axis: Which axis the channels are on, from 0. None: no channels (a scalar or vector, or extents that vary).
         channel_min: float32 ``(C,)``, or None with ``axis``.
         channel_max: float32 ``(C,)``, or None with ``axis``.
+        histogram: Of all values; None for the method ``max``, which needs none.
+        channel_histograms: One for each channel where that was asked for, with wider bins; else None.
     """
 
     min: float
@@ -48,11 +52,15 @@ class TensorRange:
     axis: int | None = None
     channel_min: NDArray[np.float32] | None = None
     channel_max: NDArray[np.float32] | None = None
+    histogram: Histogram | None = None
+    channel_histograms: tuple[Histogram, ...] | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorRange):
             return NotImplemented
-        return _scalars(self) == _scalars(other) and all(
+        counted = self.histogram, self.channel_histograms
+        same = _scalars(self) == _scalars(other) and counted == (other.histogram, other.channel_histograms)
+        return same and all(
             np.array_equal(np.asarray(a), np.asarray(b)) if a is not None and b is not None else a is b
             for a, b in ((self.channel_min, other.channel_min), (self.channel_max, other.channel_max))
         )
@@ -74,10 +82,14 @@ class Ranges:
         tensors: By tensor name, in the network's order.
         model: Fingerprint of the network.
         data: Fingerprint of the data.
-        method: How: ``max``.
+        method: How a range is to be chosen, one of :data:`calib.options.METHODS`; see :mod:`calib.choose`.
         samples: How many samples were fed.
         skipped: Tensors that have no range, with the reason.
         versions: Packages that measured.
+        percentile: Of the method ``percentile``: how many of 100 values keep their size. None for the others.
+        channels: Whether channels were given histograms too.
+        sketch: The smallest of the samples' hashes, by which shards that hold the same samples are told; see
+            :func:`calib.fingerprint.sketch`.
     """
 
     tensors: Mapping[str, TensorRange]
@@ -87,14 +99,21 @@ class Ranges:
     samples: int
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    percentile: float | None = None
+    channels: bool = False
+    sketch: tuple[str, ...] = ()
 
 
-def save(ranges: Ranges, path: Path) -> None:
-    """Write a ranges file, whole or not at all. Raises: FileError."""
+def save(ranges: Ranges, path: Path, *, kind: str = FORMAT) -> None:
+    """Write a ranges file, whole or not at all; ``kind`` is what it claims to be. Raises: FileError."""
+    settings: dict[str, Any] = {"method": ranges.method, "samples": ranges.samples}
+    if ranges.percentile is not None:
+        settings["percentile"] = ranges.percentile
+    if ranges.channels:
+        settings["channels"] = True
     head = {
-        "format": FORMAT, "version": FORMAT_VERSION, "model": ranges.model, "data": ranges.data,
-        "settings": {"method": ranges.method, "samples": ranges.samples},
-        "versions": dict(ranges.versions), "skipped": dict(ranges.skipped),
+        "format": kind, "version": FORMAT_VERSION, "model": ranges.model, "data": ranges.data, "settings": settings,
+        "versions": dict(ranges.versions), "skipped": dict(ranges.skipped), "sketch": list(ranges.sketch),
     }  # fmt: skip
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     rows = [f"    {json.dumps(name)}: {json.dumps(_row(r), allow_nan=False)}" for name, r in ranges.tensors.items()]
@@ -102,8 +121,8 @@ def save(ranges: Ranges, path: Path) -> None:
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def load(path: Path) -> Ranges:
-    """Read and check a ranges file.
+def load(path: Path, *, kind: str = FORMAT) -> Ranges:
+    """Read and check a ranges file, or another ``kind`` of file that :func:`save` wrote.
 
     Raises:
         FileError: it does not exist or cannot be read.
@@ -115,11 +134,11 @@ def load(path: Path) -> Ranges:
         value = read_json(path)
     except FileError as error:
         raise RangesError(f"{path} is not a whole ranges file: {error.message}", hint="calibrate again") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
+    if not isinstance(value, dict) or value.get("format") != kind:
         raise RangesError(f"{path} is not a ranges file", hint="make one with: relu-deploy calibrate")
-    if value.get("version") != FORMAT_VERSION:
+    if value.get("version") not in range(1, FORMAT_VERSION + 1):
         raise RangesError(
-            f"{path} has format version {value.get('version')!r}; this program reads {FORMAT_VERSION}",
+            f"{path} has format version {value.get('version')!r}; this program reads 1 to {FORMAT_VERSION}",
             hint="calibrate again, or update the program that reads it",
         )
     try:
@@ -143,59 +162,6 @@ def check_fresh(ranges: Ranges, model: onnx.ModelProto, *, source: Path | str = 
         )
 
 
-def merge(*parts: Ranges) -> Ranges:
-    """Join shards into what one run over all their samples would have measured, bit for bit.
-
-    Raises:
-        RangesError: there is nothing to join, or the parts are of different networks or methods.
-    """
-    if not parts:
-        raise RangesError("there are no ranges to merge")
-    if len({(part.model, part.method) for part in parts}) > 1:
-        raise RangesError("cannot merge ranges of different networks or methods", hint="calibrate the shards alike")
-    lost = {name: why for part in parts for name, why in part.skipped.items() if why != EMPTY}
-    # Names in the order of the network, which every part keeps; a tensor that one shard never filled may lack in it.
-    names = _merge_order(part.tensors for part in parts)
-    joined = {n: _join([p.tensors[n] for p in parts if n in p.tensors]) for n in names if n not in lost}
-    empty = {
-        name: why for part in parts for name, why in part.skipped.items() if name not in joined and name not in lost
-    }
-    return dataclasses.replace(
-        parts[0],
-        tensors=joined,
-        data=to_hex(combine(*(int(part.data, 16) for part in parts))),
-        samples=sum(part.samples for part in parts),
-        skipped=dict(sorted({**lost, **empty}.items())),
-    )
-
-
-def _merge_order(lists: Iterable[Iterable[str]]) -> list[str]:
-    """Union of ordered lists: each new name goes after the one it follows in its own list."""
-    order: list[str] = []
-    for names in lists:
-        at, known = 0, set(order)
-        for name in names:
-            if name in known:
-                at = order.index(name, at) + 1 if name in order[at:] else at
-            else:
-                order.insert(at, name)
-                at += 1
-    return order
-
-
-def _join(parts: list[TensorRange]) -> TensorRange:
-    """Extremes of extremes; channels only where all parts have the same ones."""
-    layouts = {(p.axis, None if p.channel_min is None else len(p.channel_min)) for p in parts}
-    lows = [p.channel_min for p in parts if p.channel_min is not None]
-    highs = [p.channel_max for p in parts if p.channel_max is not None]
-    channels = len(layouts) == 1 and parts[0].axis is not None
-    return TensorRange(
-        min(p.min for p in parts), max(p.max for p in parts), parts[0].dtype, sum(p.count for p in parts),
-        parts[0].axis if channels else None,
-        np.minimum.reduce(lows) if channels else None, np.maximum.reduce(highs) if channels else None,
-    )  # fmt: skip
-
-
 def _scalars(r: TensorRange) -> tuple[float, float, str, int, int | None]:
     """What of a range can be hashed."""
     return r.min, r.max, r.dtype, r.count, r.axis
@@ -208,6 +174,10 @@ def _row(r: TensorRange) -> dict[str, Any]:
         row["axis"] = r.axis
         row["channel_min"] = [_short(value) for value in r.channel_min]
         row["channel_max"] = [_short(value) for value in r.channel_max]
+    if r.histogram is not None:
+        row["histogram"] = to_runs(r.histogram)
+    if r.channel_histograms is not None:
+        row["channel_histograms"] = [to_runs(histogram) for histogram in r.channel_histograms]
     return row
 
 
@@ -231,8 +201,19 @@ def _parse(value: dict[str, Any]) -> Ranges:
     return Ranges(
         {name: _parse_row(name, row) for name, row in value["tensors"].items()},
         value["model"], value["data"], settings["method"], settings["samples"],
-        _strings(value["skipped"]), _strings(value["versions"]),
+        _strings(value["skipped"]), _strings(value["versions"]), _percentile(settings),
+        settings.get("channels") is True, tuple(str(item) for item in value.get("sketch", ())),
     )  # fmt: skip
+
+
+def _percentile(settings: dict[str, Any]) -> float | None:
+    """The percentile, which its method needs and no other has."""
+    if settings["method"] != "percentile":
+        return None
+    percentile = settings["percentile"]
+    if type(percentile) not in (int, float) or not 0 < percentile <= 100:
+        raise ValueError(f"percentile is {percentile!r}")
+    return float(percentile)
 
 
 def _strings(value: Mapping[str, Any]) -> dict[str, str]:
@@ -247,8 +228,9 @@ def _parse_row(name: str, row: dict[str, Any]) -> TensorRange:
         raise ValueError(f"tensor {name!r} has min {low} above max {high}")
     if row["dtype"] not in ("float32", "float16") or type(row["count"]) is not int or row["count"] < 1:
         raise ValueError(f"tensor {name!r} has dtype {row['dtype']!r} and count {row['count']!r}")
+    histogram = _histogram(TENSOR_BITS, row["histogram"], name, low, high) if "histogram" in row else None
     if row.get("axis") is None:
-        return TensorRange(low, high, row["dtype"], row["count"])
+        return TensorRange(low, high, row["dtype"], row["count"], histogram=histogram)
     lows = np.array([_number(v, name) for v in row["channel_min"]], np.float32)
     highs = np.array([_number(v, name) for v in row["channel_max"]], np.float32)
     if type(row["axis"]) is not int or row["axis"] < 0 or not len(lows) or lows.shape != highs.shape:
@@ -257,7 +239,20 @@ def _parse_row(name: str, row: dict[str, Any]) -> TensorRange:
         )
     if (lows > highs).any() or lows.min() != np.float32(low) or highs.max() != np.float32(high):
         raise ValueError(f"tensor {name!r} has channel extremes that contradict each other or its min and max")
-    return TensorRange(low, high, row["dtype"], row["count"], row["axis"], lows, highs)
+    channels = None
+    if "channel_histograms" in row:
+        rows = zip(row["channel_histograms"], lows, highs, strict=True)
+        channels = tuple(_histogram(CHANNEL_BITS, runs, name, float(a), float(b)) for runs, a, b in rows)
+    return TensorRange(low, high, row["dtype"], row["count"], row["axis"], lows, highs, histogram, channels)
+
+
+def _histogram(bits: int, runs: list[list[int]], name: str, low: float, high: float) -> Histogram:
+    """A histogram whose outermost bins are those of the extremes."""
+    histogram = from_runs(bits, runs)
+    ends = bins_of(np.array([low, high], np.float32), bits)
+    if not len(histogram.bins) or (histogram.bins[[0, -1]] != ends).any():
+        raise ValueError(f"tensor {name!r} has a histogram that contradicts its min and max")
+    return histogram
 
 
 def _number(value: Any, name: str) -> float:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from calib.errors import FileError, RangesError
 from calib.fingerprint import model_fingerprint
-from calib.ranges import EMPTY, Ranges, TensorRange, check_fresh, load, merge, save
+from calib.merge import merge
+from calib.ranges import EMPTY, Ranges, TensorRange, check_fresh, load, save
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 A, B = "a" * 64, "b" * 64
@@ -75,7 +76,7 @@ X = ("tensors", "x")
     ("change", "message"),
     [
         (_edit("format", to="other"), "is not a ranges file"),
-        (_edit("version", to=99), "format version 99; this program reads 1"),
+        (_edit("version", to=99), "format version 99; this program reads 1 to 2"),
         (_edit("model", to="abc"), "model fingerprint"),
         (_edit("data", to=5), "data fingerprint"),
         (_edit("model", drop=True), "'model' is missing"),

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from calib import ranges as ranges_file
 from calib.errors import CalibrationError, DataError
 from calib.inputs import model_inputs
-from calib.ranges import EMPTY, merge
+from calib.merge import merge
+from calib.ranges import EMPTY
 from calib.run import MASK, calibrate
 from calib.session import Session, with_outputs
 from calib.sources import open_source

@@ -116,7 +116,7 @@ FAULTS = [
     pytest.param(_quantized, {"model": "bad.onnx"}, (), "quantised already", id="quantised model"),
     pytest.param(lambda f: None, {"output": "no/r.json"}, (), "is not a folder", id="output folder"),
     pytest.param(lambda f: None, {}, ("--samples", "0"), "is not in the range", id="samples"),
-    pytest.param(lambda f: None, {}, ("--method", "magic"), "is not 'max'", id="method"),
+    pytest.param(lambda f: None, {}, ("--method", "magic"), "is not one of 'max'", id="method"),
 ]
 
 
