@@ -18,9 +18,10 @@ _Floats = NDArray[np.float64]
 
 _UNSIGNED_STEPS = 255
 _SIGNED_STEPS = 127  # to each side
-# Candidates lie a quarter of a power of two apart, then a 64th around the best.
+# Candidates lie a quarter of a power of two apart, then a 32nd around the best.
 _COARSE: float = 2.0**-0.25
-_FINE: float = 2.0 ** (-1 / 64)
+_FINE: float = 2.0 ** (-1 / 32)
+_HOPELESS = 16
 # Clipping further than this cannot pay: the error of the largest value alone is then that of 3e9 values that are
 # quantised over the whole range (1 / (12 * 127**2) of its square each, and four times less for each halving).
 _MOST_OCTAVES = 14
@@ -88,7 +89,9 @@ def _error(low: _Floats, high: _Floats, density: _Floats, grid: _Grid) -> float:
     def integral(x: _Floats) -> _Floats:
         # From 0 to x: step**3 / 12 for each whole cell around a code, and a cubic from the last code on.
         code = np.clip(np.rint(x / grid.step), grid.first, grid.last)
-        return grid.step**3 / 12 * code + (x - grid.step * code) ** 3 / 3
+        off = x - grid.step * code
+        cubic: _Floats = grid.step**3 / 12 * code + off * off * off / 3
+        return cubic
 
     return float(np.sum(density * (integral(high) - integral(low))))
 
@@ -178,8 +181,16 @@ class _Cells:
 
 
 def _search(cost: Callable[[float], float], most: float) -> float:
-    """The cheapest size at most ``most``: a coarse scan, then a fine one around its best."""
-    best: float = min((most * _COARSE**i for i in range(4 * _MOST_OCTAVES)), key=cost)
+    """The cheapest size at most ``most``: a coarse scan down, then a fine one around its best."""
+    best, least = most, cost(most)
+    for i in range(1, 4 * _MOST_OCTAVES):
+        size = most * _COARSE**i
+        found = cost(size)
+        if found < least:
+            best, least = size, found
+        # What is not clipped is quantised ever better, so all of this is clipping, which only grows.
+        elif found > _HOPELESS * least:
+            break
     steps = round(np.log2(_COARSE) / np.log2(_FINE))
     near: list[float] = [min(best * _FINE**i, most) for i in range(-steps, steps + 1)]
     return min(near, key=cost)

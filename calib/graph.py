@@ -25,6 +25,7 @@ _KEEPS_INFINITY = (
     "Add", "Cast", "Concat", "Expand", "Identity", "Max", "Min", "Reshape", "Slice", "Squeeze", "Tile",
     "Transpose", "Unsqueeze", "Where",
 )  # fmt: skip
+_SHAPED_BY_VALUES = ("Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique")
 
 
 def refuse_quantized(model: onnx.ModelProto) -> None:
@@ -48,7 +49,7 @@ def activations(model: onnx.ModelProto) -> list[str]:
     names = [value.name for value in model.graph.input if value.name not in constants]
     live = set(names)
     for node in model.graph.node:
-        if node.op_type in _RANDOM or not live.isdisjoint(_uses(node)):
+        if node.op_type in _RANDOM or not live.isdisjoint(uses(node)):
             new = [output for output in node.output if output and output not in live]
             names.extend(new)
             live.update(new)
@@ -63,14 +64,14 @@ def producer(model: onnx.ModelProto, tensor: str) -> str:
     return "an input of the model"
 
 
-def _uses(node: onnx.NodeProto) -> Iterator[str]:
+def uses(node: onnx.NodeProto) -> Iterator[str]:
     """Names that a node reads, those that its subgraphs capture among them."""
     yield from node.input
     for attribute in node.attribute:
         graphs = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
         for graph in graphs:
             for inner in graph.node:
-                yield from _uses(inner)
+                yield from uses(inner)
             # A branch may hand an outer tensor straight through.
             yield from (value.name for value in graph.output)
 
@@ -80,7 +81,7 @@ def leads_only_to_softmax(model: onnx.ModelProto, tensor: str) -> bool:
     names, ends = {tensor}, 0
     outputs = {value.name for value in model.graph.output}
     for node in model.graph.node:
-        if names.isdisjoint(_uses(node)):
+        if names.isdisjoint(uses(node)):
             continue
         if node.op_type in ("Softmax", "LogSoftmax"):
             ends += 1
@@ -89,6 +90,21 @@ def leads_only_to_softmax(model: onnx.ModelProto, tensor: str) -> bool:
         else:
             return False
     return ends > 0 and names.isdisjoint(outputs)
+
+
+def shaped_only(model: onnx.ModelProto) -> frozenset[str]:
+    """Activations whose values depend on nothing but the shapes of the inputs (positions of tokens, say)."""
+    valued = {value.name for value in model.graph.input}
+    live = set(activations(model))
+    for node in model.graph.node:
+        if node.op_type in _RANDOM or (node.op_type not in ("Shape", "Size") and not valued.isdisjoint(uses(node))):
+            valued.update(node.output)
+    return frozenset(live - valued)
+
+
+def mixes_samples(model: onnx.ModelProto) -> bool:
+    """Whether a tensor's shape, or which branch is run, may depend on values: then no batch may hold two samples."""
+    return any(node.op_type in _SHAPED_BY_VALUES for node in model.graph.node)
 
 
 def channel_axes(model: onnx.ModelProto, ranks: Mapping[str, int]) -> dict[str, int | None]:

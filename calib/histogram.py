@@ -133,13 +133,20 @@ class Counter:
         self._zero = 0
         self._positive, self._negative = _Window(), _Window()
 
-    def add(self, values: NDArray[np.float32], times: int = 1) -> None:
-        """Count every value ``times`` times."""
+    def add(self, values: NDArray[np.float32], times: int = 1, share: int = 1) -> None:
+        """Count every value ``times`` times; of ``share`` equal ones, one."""
+        if share > 1:
+            whole = Counter(self.bits)
+            whole.add(values)
+            self._positive.add_all(whole._positive, times, share)
+            self._negative.add_all(whole._negative, times, share)
+            self._zero += -(-whole._zero // share) * times
+            return
         flat = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
         for start in range(0, flat.size, self._CHUNK):
-            self.add_counts(np.bincount(flat[start : start + self._CHUNK] >> (_MANTISSA - self.bits)), times)
+            self._add_counts(np.bincount(flat[start : start + self._CHUNK] >> (_MANTISSA - self.bits)), times)
 
-    def add_counts(self, counts: NDArray[np.int64], times: int = 1) -> None:
+    def _add_counts(self, counts: NDArray[np.int64], times: int = 1) -> None:
         """Add counts by the first bits of the number, of which the very first is its sign; -0.0 is zero."""
         half = 1 << (8 + self.bits)
         for window, side in ((self._positive, counts[:half]), (self._negative, counts[half:])):
@@ -174,6 +181,13 @@ class _Window:
             grown[self._first - start : self._first - start + len(self._counts)] = self._counts
             self._first, self._counts = start, grown
         self._counts[low - self._first : high - self._first] += dense[low:high] * times
+
+    def add_all(self, other: _Window, times: int, share: int) -> None:
+        """Add the counts of another, divided by ``share``."""
+        bins, counts = other.found()
+        dense = np.zeros(int(bins[-1]) + 1 if bins.size else 0, np.int64)
+        dense[bins] = -(-counts // share)
+        self.add(dense, times)
 
     def found(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Bins that were hit, ascending, and their counts."""

@@ -1,22 +1,24 @@
-"""What is measured of a tensor while the network runs, as operators appended to the network itself.
+"""What is kept of a tensor while the network runs: its extremes, and how often each size of value occurred.
 
-The runtime reduces each tensor to a few numbers where it lies, so activations are never copied out or kept.
+Arrays are looked at where the runtime left them, and never kept. ``numpy`` reduces them: its minimum and maximum hand
+NaN on, which those of ONNX Runtime pass over (measured, 1.31), and take a fifth of the time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper
 
+from calib.channel_counter import ChannelCounter
+from calib.histogram import Counter
 from calib.ranges import TensorRange
 
 # Beyond this an axis holds positions or a vocabulary, not channels; its extremes would only fill the file.
 MAX_CHANNELS = 1 << 16
+_Floats = NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,101 +30,93 @@ class Tensor:
         dtype: float32 or float16.
         rank: Number of axes.
         axis: The axis that channels are on; None where there are none.
+        shared: Its values depend on the shapes of the inputs alone, so a batch of many samples holds them once.
     """
 
     name: str
     dtype: str
     rank: int
     axis: int | None
+    shared: bool = False
 
 
-class Observer(Protocol):
-    """Measures one tensor: operators that go into the graph, and what becomes of their outputs."""
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is to be kept beside the extremes: counts of the whole tensor, and of each channel."""
 
-    tensor: Tensor
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the graph outputs that :meth:`update` is given the values of."""
-
-    def nodes(self, opset: int) -> list[NodeProto]:
-        """Operators that compute the outputs."""
-
-    def update(self, values: Sequence[NDArray[Any]], samples: int) -> None:
-        """Take in one batch of ``samples`` samples."""
-
-    def result(self) -> TensorRange | None:
-        """What was measured; None where the tensor never held an element."""
+    histogram: bool = False
+    channels: bool = False
 
 
-class MaxObserver:
-    """Smallest and largest value, per channel and in all.
+class Observer:
+    """Extremes and counts of one tensor.
 
-    Float16 is widened first, which is exact. Extremes are exact under any grouping of samples, so the result depends on
-    neither batches nor order.
+    Float16 is widened first, which is exact. Extremes and counts are exact under any grouping of samples, so the result
+    depends on neither batches nor order.
     """
 
-    def __init__(self, tensor: Tensor, prefix: str) -> None:
+    def __init__(self, tensor: Tensor, wanted: Wanted) -> None:
         self.tensor = tensor
-        self.outputs: tuple[str, ...] = (f"{prefix}/min", f"{prefix}/max")
-        self._prefix = prefix
-        self._low: NDArray[np.float32] | None = None
-        self._high: NDArray[np.float32] | None = None
+        self._low: _Floats | None = None
+        self._high: _Floats | None = None
         self._channels = tensor.axis is not None
         self._count = 0
+        self._counter = Counter() if wanted.histogram else None
+        self._channel_counter = ChannelCounter() if wanted.channels and self._channels else None
 
-    def nodes(self, opset: int) -> list[NodeProto]:
-        """ReduceMin and ReduceMax over all axes but the channels'."""
-        source, nodes = widened(self.tensor, self._prefix)
-        axes = [axis for axis in range(self.tensor.rank) if axis != self.tensor.axis]
-        if self.tensor.axis is None:  # no axes given: all of them
-            return nodes + [
-                helper.make_node(op, [source], [out], keepdims=0)
-                for op, out in zip(("ReduceMin", "ReduceMax"), self.outputs, strict=True)
-            ]
-        inputs, attributes = [source], cast("dict[str, Any]", {"axes": axes})
-        if opset >= 18:  # axes became an input
-            inputs, attributes = [source, f"{self._prefix}/axes"], {}
-            value = helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes)
-            nodes.append(helper.make_node("Constant", [], [inputs[1]], value=value))
-        return nodes + [
-            helper.make_node(op, inputs, [out], keepdims=0, **attributes)
-            for op, out in zip(("ReduceMin", "ReduceMax"), self.outputs, strict=True)
-        ]
+    def extremes(self, values: _Floats) -> tuple[_Floats, _Floats]:
+        """Smallest and largest value, by channel ``(C,)`` where there are channels, else ``(1,)``; NaN where one is."""
+        others = None
+        if self._channels:
+            others = tuple(axis for axis in range(values.ndim) if axis != self.tensor.axis)
+        # 0.0 is added for a sign of zero that does not depend on the order of samples.
+        low, high = (np.atleast_1d(reduce(axis=others)) + np.float32(0) for reduce in (values.min, values.max))
+        return low, high
 
-    def update(self, values: Sequence[NDArray[Any]], samples: int) -> None:
-        """Take in minima and maxima; an empty tensor gives +inf and -inf, or no value at all."""
-        low, high = (np.atleast_1d(np.asarray(value, np.float32)) for value in values)
-        if not low.size or (low > high).any():
-            return
+    def update(self, values: _Floats, extremes: tuple[_Floats, _Floats], samples: int, *, copies: int = 1) -> None:
+        """Take in one run.
+
+        Args:
+            values: Not empty, all finite.
+            extremes: Of these values, from :meth:`extremes`.
+            samples: How many samples were run.
+            copies: How often each sample was in the batch, to fill it.
+        """
         self._count += samples
+        self._extend(*extremes)
+        times = samples if self.tensor.shared else 1
+        share = 1 if self.tensor.shared else copies
+        if self._counter is not None:
+            self._counter.add(values, times, share)
+        if self._channel_counter is not None and self._channels:
+            self._channel_counter.add(np.moveaxis(values, self.tensor.axis or 0, 0), times, share)
+
+    def _extend(self, low: _Floats, high: _Floats) -> None:
+        """Widen the range."""
         if self._low is None or self._high is None:
             self._low, self._high = low, high
             return
         if low.shape != self._low.shape:
             # The axis varies in length between samples, so it holds no channels.
-            self._channels = False
-        if not self._channels:
-            low, high, self._low, self._high = low.min(), high.max(), self._low.min(), self._high.max()
+            self._channels, self._channel_counter = False, None
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+            self._low, self._high = self._low.min(keepdims=True), self._high.max(keepdims=True)
         self._low, self._high = np.minimum(low, self._low), np.maximum(high, self._high)
 
     def result(self) -> TensorRange | None:
-        """The extremes of all batches."""
+        """What was measured; None where the tensor never held an element."""
         if self._low is None or self._high is None:
             return None
         total = float(self._low.min()), float(self._high.max())
+        histogram = None if self._counter is None else self._counter.result()
         if not self._channels or self._low.size > MAX_CHANNELS:
-            return TensorRange(*total, self.tensor.dtype, self._count)
-        return TensorRange(*total, self.tensor.dtype, self._count, self.tensor.axis, self._low, self._high)
+            return TensorRange(*total, self.tensor.dtype, self._count, histogram=histogram)
+        channels = None if self._channel_counter is None else self._channel_counter.result()
+        return TensorRange(
+            *total, self.tensor.dtype, self._count, self.tensor.axis, self._low, self._high, histogram, channels
+        )
 
 
-def widened(tensor: Tensor, prefix: str) -> tuple[str, list[NodeProto]]:
-    """Name of the tensor as float32, and the operators that make it so."""
-    if tensor.dtype == "float32":
-        return tensor.name, []
-    return f"{prefix}/f32", [helper.make_node("Cast", [tensor.name], [f"{prefix}/f32"], to=TensorProto.FLOAT)]
-
-
-def make_observer(method: str, tensor: Tensor, prefix: str) -> Observer:
-    """Build the observer of a method in ``calib.options.METHODS``."""
-    return {"max": MaxObserver}[method](tensor, prefix)
+def widened(value: Any) -> _Floats:
+    """An array of floats as float32."""
+    return np.asarray(value, np.float32)

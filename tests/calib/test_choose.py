@@ -112,7 +112,7 @@ def test_mse_beats_every_other_cut(kind, unsigned):
     for part in np.geomspace(1, 0.01, 60):
         size = part * max(-extremes[0], extremes[1])
         cut = max(extremes[0], -size), min(extremes[1], size)
-        # A 64th of a power of two is 1.1 %, and the error is flat around its least.
+        # A 32nd of a power of two is 2.2 %, and the error is flat around its least.
         assert chosen <= true_error(values, cut, unsigned) * 1.02
 
 

@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from calib import ranges as ranges_file
+from calib.choose import chosen_bounds
 from calib.errors import CalibrationError, DataError
+from calib.histogram import CHANNEL_BITS, histogram_of
 from calib.inputs import model_inputs
-from calib.merge import merge
+from calib.merge import merge, shared_samples
+from calib.meter import MASK
+from calib.options import METHODS
 from calib.ranges import EMPTY
-from calib.run import MASK, calibrate
+from calib.run import calibrate
 from calib.session import Session, with_outputs
+from calib.shards import Shard
 from calib.sources import open_source
 
 
@@ -82,22 +87,47 @@ def test_extremes_are_those_of_numpy(seed, opset, count):
         assert (measured.axis, measured.count, measured.dtype) == (1, count, "float32")
         assert np.array_equal(measured.channel_min, value.min(axis=rest))
         assert np.array_equal(measured.channel_max, value.max(axis=rest))
+        assert measured.histogram is measured.channel_histograms is None
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), batch=st.integers(2, 11), random=st.randoms(), threads=st.sampled_from([1, 2]))
-def test_neither_batch_size_nor_order_nor_threads_nor_shards_change_a_bit(seed, batch, random, threads):
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 5), batch=st.integers(1, 3), half=st.booleans())
+def test_counts_are_those_of_all_values(seed, count, batch, half):
+    model = random_cnn(seed, 17, TensorProto.FLOAT16 if half else TensorProto.FLOAT)
+    data = np.random.default_rng(seed).standard_normal((count, 3, 8, 8)).astype(np.float16 if half else np.float32)
+    found = measure(model, data, method="entropy", channels=True, batch_size=batch)
+    assert (found.method, found.channels, found.percentile) == ("entropy", True, None)
+    for name, value in everything(model, {"x": data}).items():
+        assert found.tensors[name].histogram == histogram_of(value)
+        counts = tuple(histogram_of(part, bits=CHANNEL_BITS) for part in np.moveaxis(value, 1, 0))
+        assert found.tensors[name].channel_histograms == counts
+
+
+OPTIONS = st.sampled_from(
+    [{}, {"method": "mse"}, {"method": "entropy", "channels": True}, {"method": "percentile", "percentile": 99.0}]
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), batch=st.integers(2, 11), random=st.randoms(), threads=st.sampled_from([1, 2]),
+    options=OPTIONS, of=st.integers(1, 4),
+)  # fmt: skip
+def test_neither_batch_size_nor_order_nor_threads_nor_shards_change_a_bit(seed, batch, random, threads, options, of):
     model = random_cnn(seed, 17)
     data = np.random.default_rng(seed).standard_normal((10, 3, 8, 8)).astype(np.float32)
-    one = measure(model, data)
+    one = measure(model, data, **options)
     order = random.sample(range(10), 10)
-    assert measure(model, data[order], batch_size=batch, threads=threads) == one
-    assert merge(measure(model, data[order[4:]]), measure(model, data[order[:4]], batch_size=batch)) == one
+    assert measure(model, data[order], batch_size=batch, threads=threads, **options) == one
+    shards = [measure(model, data, shard=Shard(i + 1, of), batch_size=batch, **options) for i in range(of)]
+    assert merge(*random.sample(shards, of)) == one
+    assert shared_samples(*shards) == 0
 
 
-def test_a_fixed_batch_gives_what_a_dynamic_one_gives(residual_model):
+@pytest.mark.parametrize("options", [{}, {"method": "mse", "channels": True}])
+def test_a_fixed_batch_gives_what_a_dynamic_one_gives(residual_model, options):
     data = np.random.default_rng(0).standard_normal((7, 3, 16, 16)).astype(np.float32)
-    found = [measure(residual_model(batch=batch), data, batch_size=3) for batch in (1, 4, "N")]
+    found = [measure(residual_model(batch=batch), data, batch_size=3, **options) for batch in (1, 4, "N")]
     assert found[0].tensors == found[1].tensors == found[2].tensors
     assert found[0].data == found[1].data == found[2].data
     assert {r.count for f in found for r in f.tensors.values()} == {7}
@@ -167,6 +197,67 @@ def test_tensors_without_elements():
     assert merge(nothing, measure(model, data[1:])) == found
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_shapes_that_depend_on_values_are_run_one_by_one(batch_size):
+    model = parse("""g (float[N, 3] x) => (float[M, 3] z, float[N, 3] y)
+    { nine = Constant<value_float = 9.0>() y = Relu(x) c = ReduceMax<axes = [1], keepdims = 0>(x)
+      k = Greater(c, nine) z = Compress<axis = 0>(x, k) }""")
+    data = np.array([[1, 2, 3], [4, 5, 60], [7, 8, 9]], np.float32)
+    found = measure(model, data, batch_size=batch_size, method="mse")
+    assert found.tensors["z"].count == 1
+    assert found == measure(model, data[::-1], batch_size=1, method="mse")
+
+
+@pytest.mark.parametrize("batch", ["N", 2, 3])
+def test_what_depends_on_shapes_alone_counts_once_a_sample(batch):
+    model = parse(f"""g (float[{batch}, 4] x) => (float[{batch}, 4] y) <int64 one = {{1}}, int64 zero = {{0}}>
+    {{ s = Shape<start = 1>(x) e = Squeeze(s) p = Range(zero, e, one) f = Cast<to = 1>(p) y = Add(x, f) }}""")
+    data = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    found = measure(model, data, batch_size=4, method="mse")
+    assert found.tensors["f"].histogram == histogram_of(np.repeat(np.arange(4, dtype=np.float32), 6))
+    assert found.tensors["y"].histogram.total == 24
+
+
+def test_variable_shapes_are_counted():
+    """Calibrators that keep arrays of all batches side by side fail where shapes differ."""
+    model = parse("g (float[N, C, H, W] x) => (float[N, C, H, W] y) { y = Relu(x) }")
+    rng = np.random.default_rng(0)
+    data = [rng.standard_normal((1, 3, height, 5)).astype(np.float32) for height in (2, 9, 4, 4)]
+    every = np.concatenate([array.reshape(3, -1) for array in data], 1)
+    for method in METHODS:
+        found = measure(model, lambda: data, method=method, batch_size=8)
+        assert (found.tensors["x"].min, found.tensors["x"].max) == (every.min(), every.max())
+        assert np.array_equal(found.tensors["x"].channel_max, every.max(1))
+        assert method == "max" or found.tensors["y"].histogram == histogram_of(np.maximum(every, 0))
+
+
+def test_channels_that_vary_in_number_have_no_histograms():
+    model = parse("g (float[N, C, H] x) => (float[N, C, H] y) { y = Relu(x) }")
+    data = [np.ones((1, 2, n), np.float32) for n in (3, 4)]
+    found = measure(model, lambda: data, method="mse", channels=True).tensors["x"]
+    assert (found.axis, found.channel_histograms, found.histogram.total) == (None, None, 14)
+
+
+def test_the_sign_of_zero_does_not_depend_on_order():
+    model = parse("g (float[N, 1] x) => (float[N, 1] y) { y = Identity(x) }")
+    data = np.array([[0.0], [-0.0]], np.float32)
+    for rows in (data, data[::-1]):
+        found = measure(model, rows).tensors["x"]
+        assert not np.signbit([found.min, found.max, *found.channel_min, *found.channel_max]).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranges_at_the_ends_of_floats(method):
+    model = parse("g (float[N, 4] x) => (float[N, 4] y) { y = Identity(x) }")
+    data = np.array([[1e30, 1e-3, -1e-3, 0], [3e38, -3e38, 1e-45, -1e-45]], np.float32)
+    for rows in (data, data[:1], data[1:], np.zeros_like(data), np.full_like(data, 2.5), data[1:, [2, 2, 3, 3]]):
+        found = measure(model, rows, method=method)
+        assert (found.tensors["y"].min, found.tensors["y"].max) == (rows.min(), rows.max())
+        for unsigned in (True, False):
+            low, high = chosen_bounds(found, unsigned=unsigned)["y"]
+            assert rows.min() <= low <= high <= rows.max()
+
+
 def test_subgraphs_are_run_and_their_results_measured():
     model = parse("""g (float[N, 2] x) => (float[N, 2] y)
     { m = ReduceMax<keepdims = 0>(x) zero = Constant<value_float = 0.0>() c = Greater(m, zero)
@@ -181,13 +272,34 @@ NAN = """g (float[N, 2] x) => (float[N, 2] y)
 { h = Mul(x, x) [root] r = Sqrt(x) q = Identity(r) z = Relu(q) y = Add(z, h) }"""
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_nan_names_first_tensor_node_and_sample(batch_size):
+def test_nan_names_first_tensor_node_and_sample(batch_size, method):
     data = np.ones((50, 2), np.float32)
     data[37, 1] = -1
-    with pytest.raises(CalibrationError) as caught:
-        measure(parse(NAN), data, batch_size=batch_size)
-    assert "NaN in tensor 'r' (made by Sqrt node 'root') at sample 37" in str(caught.value)
+    for shard in (None, Shard(2, 4)):  # samples are counted in the whole of the data
+        with pytest.raises(CalibrationError) as caught:
+            measure(parse(NAN), data, batch_size=batch_size, method=method, shard=shard)
+        assert "NaN in tensor 'r' (made by Sqrt node 'root') at sample 37 (" in str(caught.value)
+    assert measure(parse(NAN), data, batch_size=batch_size, method=method, shard=Shard(1, 4)).samples == 13
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_nan_in_a_fixed_batch_names_the_sample(method):
+    model = parse(NAN.replace("N", "4").replace("Na4", "NaN"))
+    data = np.ones((10, 2), np.float32)
+    for bad in (0, 3, 6, 8, 9):
+        data[:] = 1
+        data[bad, 1] = -1
+        with pytest.raises(CalibrationError, match=f"at sample {bad} "):
+            measure(model, data, method=method)
+
+
+def test_nan_that_samples_make_together_is_no_secret():
+    model = parse("g (float[N, 1] x) => (float[N, 1] y) { a = CumSum(x, k) y = Reciprocal(a) }")
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0), "k"))
+    with pytest.raises(CalibrationError, match=r"'y' .* for the samples 0 to 1 together, and for none of them alone"):
+        measure(model, np.array([[3], [-3]], np.float32), batch_size=2)
 
 
 def test_nan_hidden_among_many_values_is_found():
@@ -264,6 +376,10 @@ def test_nothing_to_measure_and_bad_options():
     model = parse("g (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
     with pytest.raises(CalibrationError, match="no calibration method 'magic'"):
         measure(model, np.ones((1, 2), np.float32), method="magic")
+    with pytest.raises(CalibrationError, match="a percentile of 0"):
+        measure(model, np.ones((1, 2), np.float32), method="percentile", percentile=0)
+    with pytest.raises(CalibrationError, match="no use to the method max"):
+        measure(model, np.ones((1, 2), np.float32), channels=True)
     with pytest.raises(DataError, match="at least 1"):
         measure(model, np.ones((1, 2), np.float32), batch_size=0)
     with pytest.raises(DataError, match="is empty"):

@@ -1,0 +1,85 @@
+"""Which tensors of a network are measured: types, ranks and sizes of its activations, as the runtime finds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from calib.batches import Batch
+from calib.graph import activations, channel_axes, shaped_only
+from calib.inputs import InputSpec
+from calib.model import opset
+from calib.observers import Tensor
+from calib.session import Session, with_outputs
+
+_FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+_OTHER_FLOATS = {"tensor(double)": "float64", "tensor(bfloat16)": "bfloat16"}
+# Shape is of every version of the operators; a model of other domains only gets this one beside them.
+_SHAPE_OPSET = 17
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a network holds.
+
+    Attributes:
+        tensors: Float activations, in the network's order.
+        sizes: Bytes of each, on the first batch.
+        types: Of all activations, as the runtime calls them.
+        skipped: Activations of other float types, with the reason.
+    """
+
+    tensors: tuple[Tensor, ...]
+    sizes: Mapping[str, int]
+    types: Mapping[str, str]
+    skipped: Mapping[str, str]
+
+
+def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch, *, threads: int | None) -> Found:
+    """Find what to measure.
+
+    Shapes are looked at by running the first batch: exporters write wrong ones for outputs, and inference does not know
+    all.
+
+    Raises:
+        CalibrationError: the runtime cannot load the network, or an operator fails.
+    """
+    fed = {spec.name: spec for spec in specs}
+    names = activations(model)
+    made = Session(with_outputs(model, [name for name in names if name not in fed]), threads=threads).describe()
+    types = {name: made[name][0] if name in made else "" for name in names}
+    floats = {name: _FLOATS[kind] for name, kind in types.items() if kind in _FLOATS}
+    floats |= {name: spec.dtype.name for name, spec in fed.items() if spec.dtype.name in _FLOATS.values()}
+    shapes = _shapes(model, [name for name in floats if name not in fed], first, threads)
+    shapes |= {name: first.feeds[name].shape for name in fed}
+    wanted = [name for name in names if name in floats]
+    axes = channel_axes(model, {name: len(shapes[name]) for name in wanted})
+    shared = shaped_only(model)
+    tensors = tuple(Tensor(n, floats[n], len(shapes[n]), axes[n], n in shared) for n in wanted)
+    sizes = {t.name: math.prod(shapes[t.name]) * np.dtype(t.dtype).itemsize for t in tensors}
+    skipped = {n: f"its type is {_OTHER_FLOATS[kind]}" for n, kind in types.items() if kind in _OTHER_FLOATS}
+    return Found(tensors, sizes, types, skipped)
+
+
+def _shapes(
+    model: onnx.ModelProto, names: list[str], first: Batch, threads: int | None
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """Extents of tensors on the first batch; the tensors themselves are freed as the network runs."""
+    prefix = "calib"
+    while any(name.startswith(prefix) for node in model.graph.node for name in node.output):
+        prefix += "_"
+    outputs = [f"{prefix}/{index}/shape" for index in range(len(names))]
+    nodes = [helper.make_node("Shape", [name], [out]) for name, out in zip(names, outputs, strict=True)]
+    looking = with_outputs(model, outputs, nodes)
+    del looking.graph.output[: len(model.graph.output)]
+    if not opset(model):
+        looking.opset_import.append(helper.make_opsetid("", _SHAPE_OPSET))
+    if not names:
+        return {}
+    found = Session(looking, threads=threads).run(outputs, first.feeds, first.samples[0].origin)
+    return {name: tuple(map(int, shape)) for name, shape in zip(names, found, strict=True)}

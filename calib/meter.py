@@ -1,0 +1,137 @@
+"""The network and the observers of its tensors: takes batches, gives ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from calib.batches import Batch
+from calib.discover import discover
+from calib.errors import CalibrationError
+from calib.fingerprint import combine, sample_hash, sketch, sketch_of, to_hex
+from calib.graph import leads_only_to_softmax, producer
+from calib.inputs import InputSpec
+from calib.observers import Observer, Wanted, widened
+from calib.ranges import EMPTY, Ranges
+from calib.stages import Stages
+
+MASK = "it holds -inf as an attention mask"
+_Feeds = Mapping[str, NDArray[Any]]
+
+
+class Meter:
+    """Measures batch after batch.
+
+    Args:
+        model: The network.
+        specs: Its inputs.
+        first: The first batch, from which types, ranks and sizes are learnt. It is not measured by that.
+        settings: Of the ranges to be made: network, method and options.
+        threads: Of the runtime; None: one a core.
+        index: Which sample of the data is the n-th measured, for messages.
+
+    Raises:
+        CalibrationError: the network has nothing to measure, or cannot be run.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch, settings: Ranges, *,
+        threads: int | None, index: Callable[[int], int],
+    ) -> None:  # fmt: skip
+        found = discover(model, specs, first, threads=threads)
+        if not found.tensors:
+            raise CalibrationError("the model has no float32 or float16 activation, so there is nothing to measure")
+        self._model, self._settings, self._index = model, settings, index
+        self._fed = {spec.name for spec in specs}
+        self._skipped = dict(found.skipped)
+        wanted = Wanted(settings.method != "max", settings.channels)
+        self._observers = {tensor.name: Observer(tensor, wanted) for tensor in found.tensors}
+        made = [name for name in self._observers if name not in self._fed]
+        self._stages = Stages(model, made, found.sizes, found.types, threads=threads)
+        self.samples, self._data = 0, 0
+        self._sketch: tuple[str, ...] = ()
+
+    def take(self, batch: Batch) -> None:
+        """Run one batch and take its tensors in. Raises: CalibrationError, as :func:`calib.run.calibrate`."""
+        extent = _extent(batch)
+        if self._settings.method != "max" and extent > len(batch.samples) and not batch.samples[0].whole:
+            # The samples that fill a fixed batch would be counted too.
+            for offset in range(len(batch.samples)):
+                self._run(batch, _alone(batch, offset), 1, copies=extent)
+        else:
+            self._run(batch, batch.feeds, len(batch.samples))
+        hashes = [sample_hash(sample.feeds) for sample in batch.samples]
+        self.samples += len(hashes)
+        self._data = combine(self._data, *hashes)
+        self._sketch = sketch(self._sketch, map(sketch_of, hashes))
+
+    def _run(self, batch: Batch, feeds: _Feeds, samples: int, *, copies: int = 1) -> None:
+        """Run the network once and update the observers."""
+        for name, value in self._values(feeds, batch.samples[0].origin):
+            if name in self._skipped or not value.size:
+                continue
+            observer, values = self._observers[name], widened(value)
+            low, high = observer.extremes(values)
+            if np.isfinite(low).all() and np.isfinite(high).all():
+                observer.update(values, (low, high), samples, copies=copies)
+            else:
+                self._examine(batch, name)
+
+    def _values(self, feeds: _Feeds, what: str) -> Iterator[tuple[str, NDArray[Any]]]:
+        """All measured tensors, in the network's order."""
+        yield from ((name, feeds[name]) for name in self._observers if name in self._fed)
+        yield from self._stages.run(feeds, what)
+
+    def _examine(self, batch: Batch, name: str) -> None:
+        """Name the sample in which a tensor, the first of the batch to do so, is not finite; or skip a mask."""
+        for offset, sample in enumerate(batch.samples):
+            array = dict(self._values(_alone(batch, offset), sample.origin))[name]
+            if np.isfinite(array).all():
+                continue
+            what = "NaN" if np.isnan(array).any() else "Inf"
+            if what == "Inf" and not np.isposinf(array).any() and leads_only_to_softmax(self._model, name):
+                self._skipped[name] = MASK
+                return
+            raise CalibrationError(
+                f"the network gives {what} in tensor {name!r} ({producer(self._model, name)}) "
+                f"at sample {self._index(batch.first + offset)} ({sample.origin})",
+                hint="no range can hold it: look at that sample, or mend the network before that node",
+            )
+        raise CalibrationError(
+            f"the network gives NaN or Inf in tensor {name!r} ({producer(self._model, name)}) for the samples "
+            f"{self._index(batch.first)} to {self._index(batch.first + len(batch.samples) - 1)} together, "
+            "and for none of them alone",
+            hint="calibrate with --batch-size 1",
+        )
+
+    def finish(self) -> Ranges:
+        """What was measured so far, in the network's order."""
+        results = {name: observer.result() for name, observer in self._observers.items() if name not in self._skipped}
+        skipped = self._skipped | {name: EMPTY for name, result in results.items() if result is None}
+        return dataclasses.replace(
+            self._settings,
+            tensors={name: result for name, result in results.items() if result is not None},
+            data=to_hex(self._data),
+            samples=self.samples,
+            skipped=dict(sorted(skipped.items())),
+            versions={"onnx": onnx.__version__, "onnxruntime": ort.__version__},
+            sketch=self._sketch,
+        )
+
+
+def _extent(batch: Batch) -> int:
+    """How many samples the network was fed, those that fill a fixed batch among them."""
+    return max((len(array) for array in batch.feeds.values() if array.ndim), default=1)
+
+
+def _alone(batch: Batch, offset: int) -> _Feeds:
+    """Feeds in which only one sample of a batch is present, at the same batch extent."""
+    if batch.samples[0].whole or _extent(batch) == 1:
+        return batch.feeds
+    return {name: np.repeat(array[offset : offset + 1], len(array), axis=0) for name, array in batch.feeds.items()}
