@@ -35,6 +35,7 @@ class Int8Plan:
         weight_bits: 8 or 7; None: what this CPU multiplies without saturating.
         keep_float: Linear layers to leave in float.
         weight_granularity: A weight scale for each output ``channel``, or one for each ``tensor``.
+        channel_fusion: ``pow2``, ``free`` or ``off``.
     """
 
     source: Source | None = None
@@ -44,6 +45,7 @@ class Int8Plan:
     weight_bits: int | None = None
     keep_float: tuple[str, ...] = ()
     weight_granularity: str = "channel"
+    channel_fusion: str = "pow2"
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.ranges is None):
@@ -135,7 +137,7 @@ def build_engine(
         network, quant_report = quantize(
             rewritten, ranges, target=config.target, weight_bits=int8.weight_bits, keep_float=int8.keep_float,
             check_ranges=False, extra_warnings=_card_warnings(config),
-            weight_granularity=int8.weight_granularity,
+            weight_granularity=int8.weight_granularity, channel_fusion=int8.channel_fusion,
         )  # fmt: skip
     drift: tuple[OutputDrift, ...] = ()
     if int8 is not None and int8.source is not None:

@@ -90,8 +90,9 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
     samples: int | None, batch_size: int, ranges: Path | None, weight_bits: str, weight_granularity: str,
-    keep_float: tuple[str, ...], sm: tuple[str, ...], shapes: dict[str, ShapeRange], optimization_level: int | None,
-    workspace: int | None, require_int8: bool, log: Path | None, keep: Path | None, json_path: str | None,
+    channel_fusion: str, keep_float: tuple[str, ...], sm: tuple[str, ...], shapes: dict[str, ShapeRange],
+    optimization_level: int | None, workspace: int | None, require_int8: bool, log: Path | None, keep: Path | None,
+    json_path: str | None,
 ) -> None:  # fmt: skip
     """Build an engine from MODEL.onnx.
 
@@ -121,7 +122,7 @@ def command(
     if to_int8:
         width = parse_weight_bits(weight_bits)
         source = None if data is None else open_source(data, model_inputs(network), preprocess=preprocess)
-        plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, weight_granularity)
+        plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, weight_granularity, channel_fusion)
     with progress_bar() as progress:
         built = build_engine(network, output, config, int8=plan, keep=keep, progress=progress)
     emit(built, json_path, lambda: render(built, output))

@@ -9,7 +9,7 @@ import click
 
 
 def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--weight-bits``, ``--weight-granularity`` and ``--keep-float``."""
+    """Add ``--weight-bits``, ``--channel-fusion``, ``--weight-granularity`` and ``--keep-float``."""
     function = click.option(
         "--keep-float",
         multiple=True,
@@ -20,6 +20,11 @@ def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--weight-granularity", type=click.Choice(["channel", "tensor"]), default="channel", show_default=True,
         help="A weight scale for each output channel, or one for a layer: less precise, but tensorrt-rtx then fuses "
         "bias and ReLU into its int8 convolutions.",
+    )(function)  # fmt: skip
+    function = click.option(
+        "--channel-fusion", type=click.Choice(["pow2", "free", "off"]), default="pow2", show_default=True,
+        help="Scale channels against each other where ReLU lets it through, so that one scale fits all. pow2: by "
+        "powers of two, which leaves the float network bit for bit what it is.",
     )(function)  # fmt: skip
     return click.option(
         "--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True,

@@ -17,6 +17,7 @@ from relu_deploy.cli.safety import FileCommand
 from relu_deploy.targets import TARGETS
 
 if TYPE_CHECKING:
+    from relu_deploy.int8.fuse import FusionReport
     from relu_deploy.int8.run import QuantReport
 
 _GRAIN = {"channel": "channel", "tensor": "layer"}
@@ -40,6 +41,7 @@ def command(
     output: Path,
     weight_bits: str,
     weight_granularity: str,
+    channel_fusion: str,
     keep_float: tuple[str, ...],
     json_path: str | None,
 ) -> None:
@@ -64,6 +66,7 @@ def command(
         target=target,
         weight_bits=parse_weight_bits(weight_bits),
         weight_granularity=weight_granularity,
+        channel_fusion=channel_fusion,
         keep_float=keep_float,
     )
     save_model(quantized, output)
@@ -79,12 +82,20 @@ def render(report: QuantReport, output: Path | None = None) -> RenderableType:
         for layer in left:
             table.add_row(layer.name, layer.op, layer.reason)
         lines.append(table)
+    if report.fusion is not None and report.fusion.channels:
+        lines.append(Text(fusion_line(report.fusion)))
     forms = Counter(note.split(",")[0] for note in report.folded.values())
     lines.extend(Text(f"{count} x {form}: activations without a kernel of their own") for form, count in forms.items())
     lines.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
     if output is not None:
         lines.append(Text(f"wrote {output}"))
     return Group(*lines)
+
+
+def fusion_line(fusion: FusionReport) -> str:
+    """One line: how many channels were scaled, and what that is thought to bring."""
+    layers = len(fusion.layers.changed)
+    return f"channel fusion ({fusion.mode}): {fusion.channels} channels of {layers} layers scaled to fill their range"
 
 
 def summary(report: QuantReport) -> str:

@@ -13,6 +13,7 @@ from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
 from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
+from relu_deploy.int8.fuse import FusionReport, fuse_channels
 from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
@@ -49,6 +50,7 @@ class QuantReport:
         opset: Of the file written; raised where Q/DQ needs it.
         warnings: What a user should know before trusting the file.
         folded: Activation without a kernel of its own -> the form that it got.
+        fusion: Channels that were scaled so that one scale fits all.
     """
 
     target: str
@@ -60,6 +62,7 @@ class QuantReport:
     opset: int
     warnings: tuple[str, ...]
     folded: dict[str, str] = dataclasses.field(default_factory=dict)
+    fusion: FusionReport | None = None
 
     @property
     def int8_layers(self) -> int:
@@ -74,6 +77,7 @@ def quantize(
     target: str = "ort",
     weight_bits: int | None = None,
     weight_granularity: str = "channel",
+    channel_fusion: str = "pow2",
     keep_float: Iterable[str] = (),
     check_ranges: bool = True,
     extra_warnings: Iterable[str] = (),
@@ -87,6 +91,7 @@ def quantize(
         weight_bits: 8 or 7 (``ort`` only); None: what this CPU multiplies without saturating, and a warning where that
             is 7.
         weight_granularity: ``channel`` or ``tensor``, see :func:`relu_deploy.int8.formats.number_format`.
+        channel_fusion: ``pow2``, ``free`` or ``off``, see :func:`relu_deploy.int8.fuse.fuse_channels`.
         keep_float: Names of linear layers to leave in float.
         extra_warnings: What the caller found worth warning of; they go into the report.
         check_ranges: False where the caller knows that ``ranges`` belongs to an equal network with the same tensor
@@ -109,6 +114,7 @@ def quantize(
     graph = files.import_graph(lifted)
     fold_constants(graph)
     files.tidy(graph)
+    fusion = fuse_channels(graph, ranges, number, mode=channel_fusion)
     aliases: dict[str, str] = {}
     dynamic = spell_dyrelu(graph).notes if number.unsigned else {}
     if number.unsigned:
@@ -117,7 +123,7 @@ def quantize(
         spell_prelu(graph)
         files.tidy(graph)
     present = graph.tensors()
-    bounds = {name: (r.min, r.max) for name, r in ranges.tensors.items() if name in present}
+    bounds = {name: chosen for name, chosen in fusion.bounds.items() if name in present}
     bounds.update({new: bounds[old] for new, old in aliases.items() if old in bounds})
     if number.unsigned:
         bounds = respect_softmax(graph, bounds)
@@ -139,7 +145,8 @@ def quantize(
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
     folded |= dynamic
-    return quantized, _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings), folded)
+    report = _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings), folded)
+    return quantized, dataclasses.replace(report, fusion=fusion.report)
 
 
 def _fold_learned(

@@ -1,0 +1,150 @@
+"""The noise model of a network: the terms of :mod:`relu_deploy.int8.fuse_noise`, from its ranges and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from calib.histogram import Histogram
+from calib.ranges import Ranges, TensorRange
+from relu_deploy.int8.formats import NumberFormat
+from relu_deploy.int8.fuse_noise import Array, Numbers, Product, Span
+from relu_deploy.int8.fuse_ranges import Extents
+from relu_deploy.int8.fuse_rules import Labelling, LinearUse
+from relu_deploy.int8.place import LINEAR_OPS, MOVING_OPS, is_clipping
+
+# Second moment over squared maximum where only the maximum is known: between a Gaussian's 1/9 to 1/20 over as many
+# samples as calibration takes and the longer tails of activations.
+_MOMENT = 1 / 16
+
+
+def build_terms(
+    graph: gs.Graph,
+    state: Labelling,
+    ranges: Ranges,
+    known: Mapping[str, Extents],
+    number: NumberFormat,
+    numbers: Numbers,
+) -> list[Span | Product]:
+    """Terms of the layers and tensors that will be INT8.
+
+    Args:
+        graph: The network.
+        state: Its labels.
+        ranges: Measured on it.
+        known: Extents by channel, by tensor name.
+        number: The target's format.
+        numbers: Number of the group of each label, ``(labels,)``.
+    """
+    layers = [layer for layer in state.layers if layer.node.inputs[_data(layer)].name in ranges.tensors]
+    signal = [_signal(layer, ranges) for layer in layers]
+    gain = np.zeros(int(numbers.max(initial=0)) + 1)
+    for layer, power in zip(layers, signal, strict=True):
+        energy = (layer.weight.astype(np.float64) ** 2).sum(axis=2)
+        if power > 0:
+            ids = numbers[np.broadcast_to(layer.inputs, energy.shape)].reshape(-1)
+            gain += np.bincount(ids, energy.reshape(-1) / power, gain.size)
+    terms: list[Span | Product] = []
+    for layer, power in zip(layers, signal, strict=True):
+        outputs = numbers[layer.outputs]
+        if power > 0:
+            weight = _share(gain, outputs)
+            weight = np.where(weight > 0, weight, 1 / power)
+            terms.append(_product(layer, ranges, number, numbers, weight))
+    rounded = [known[name] for name in _quantised(graph, number) if name in known]
+    spans = [_span(extents, number, numbers, gain) for extents in rounded]
+    return terms + [span for span in spans if span.gain.any()]
+
+
+def _data(layer: LinearUse) -> int:
+    """Position of the operand that is no constant."""
+    return 1 if isinstance(layer.node.inputs[0], gs.Constant) else 0
+
+
+def _signal(layer: LinearUse, ranges: Ranges) -> float:
+    """Power of a layer's output, summed over its channels; from the output's range, or from input and weights."""
+    measured = ranges.tensors.get(layer.node.outputs[0].name)
+    if measured is not None:
+        return float(_moments(measured, layer.outputs.size).sum())
+    energy = (layer.weight.astype(np.float64) ** 2).sum(axis=2)
+    return float((energy * _energy(layer, ranges)).sum())
+
+
+def _energy(layer: LinearUse, ranges: Ranges) -> Array:
+    """Second moment of each input channel, shape of ``layer.inputs``."""
+    rows, columns = layer.inputs.shape
+    measured = ranges.tensors[layer.node.inputs[_data(layer)].name]
+    groups = int(layer.node.attrs.get("group", 1)) if rows > 1 else 1
+    if layer.node.op == "Mul":
+        return _moments(measured, rows).reshape(-1, 1)
+    moments = _moments(measured, groups * columns).reshape(groups, columns)
+    return moments.repeat(rows // groups, axis=0) if rows > 1 else moments
+
+
+def _moments(measured: TensorRange, channels: int) -> Array:
+    """Second moment of each channel, ``(channels,)``: from histograms where there are any, else as maxima tell."""
+    low, high, counts = measured.channel_min, measured.channel_max, measured.channel_histograms
+    if counts is not None and len(counts) == channels:
+        return np.array([_moment(each) for each in counts])
+    if low is None or high is None or low.size != channels:
+        whole = measured.histogram
+        return np.full(channels, _MOMENT * measured.absmax**2 if whole is None else _moment(whole))
+    squares = np.maximum(np.abs(low), np.abs(high)).astype(np.float64) ** 2
+    if measured.histogram is None or not squares.any():
+        return np.asarray(_MOMENT * squares)
+    return np.asarray(squares * (_moment(measured.histogram) / squares.mean()))
+
+
+def _moment(counts: Histogram) -> float:
+    """Mean square of what was counted."""
+    low, high = counts.edges()
+    return float((((low + high) / 2) ** 2 * counts.counts).sum() / max(counts.total, 1))
+
+
+def _product(layer: LinearUse, ranges: Ranges, number: NumberFormat, numbers: Numbers, weight: Array) -> Product:
+    positions = layer.weight.shape[2]
+    # A constant factor is rounded with one step whatever the weights of layers have.
+    shared = number.weight_granularity == "tensor" or layer.node.op == "Mul"
+    return Product(
+        numbers[layer.inputs], numbers[layer.outputs],
+        np.abs(layer.weight).astype(np.float64).max(axis=2), positions * _energy(layer, ranges),
+        weight, number.weight_max, shared,
+    )  # fmt: skip
+
+
+def _span(extents: Extents, number: NumberFormat, numbers: Numbers, gain: Array) -> Span:
+    ids = numbers[extents.labels]
+    return Span(
+        ids, -extents.low, extents.high, _share(gain, ids), 255 if number.unsigned else 127, not number.unsigned
+    )
+
+
+def _share(gain: Array, ids: Numbers) -> Array:
+    """Gain of each channel; where several have one number, their part of it."""
+    return np.asarray(gain[ids] / np.bincount(ids, minlength=gain.size)[ids])
+
+
+def _quantised(graph: gs.Graph, number: NumberFormat) -> list[str]:
+    """Names of tensors that are rounded with a step of their own: inputs of layers; for ``ort`` the body as well."""
+    names = []
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            readers = list(tensor.outputs)
+            feeds = any(reader.op in LINEAR_OPS and reader.inputs[0] is tensor for reader in readers)
+            fused = len(readers) == 1 and is_clipping(readers[0])
+            if feeds or (number.unsigned and node.op not in MOVING_OPS and not fused):
+                names.append(tensor.name)
+    return names
+
+
+def free_channels(
+    known: Mapping[str, Extents], pinned: npt.NDArray[np.bool_], numbers: Numbers
+) -> npt.NDArray[np.bool_]:
+    """Channels that are not pinned and were seen alive, ``(groups,)``."""
+    alive = np.zeros(pinned.size, dtype=bool)
+    for extents in known.values():
+        alive[numbers[extents.labels[extents.top > 0]]] = True
+    return alive & ~pinned
