@@ -39,6 +39,10 @@ class DataError(ToolkitError):
     """Input data is missing, empty, of the wrong name, shape or type, or not finite."""
 
 
+class NoSampleError(DataError):
+    """There is data, and none of it is for this run: a shard of fewer samples than shards."""
+
+
 class CalibrationError(ToolkitError):
     """Ranges cannot be measured: the network produced NaN or Inf, or has nothing to measure."""
 

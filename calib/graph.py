@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import onnx
 
 from calib.errors import CalibrationError
-from calib.model import first_quantized
+from calib.model import STANDARD_DOMAINS, first_quantized
 
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 _CHANNELS_SECOND = (
@@ -25,6 +25,13 @@ _KEEPS_INFINITY = (
     "Add", "Cast", "Concat", "Expand", "Identity", "Max", "Min", "Reshape", "Slice", "Squeeze", "Tile",
     "Transpose", "Unsqueeze", "Where",
 )  # fmt: skip
+_POSITIVE = ("Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt")
+_KEEPS_SIGN = (
+    "AveragePool", "Cast", "Dropout", "Expand", "Flatten", "Gather", "GlobalAveragePool", "GlobalMaxPool", "Identity",
+    "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze", "Tile",
+    "Transpose", "Unsqueeze",
+)  # fmt: skip
+_POSITIVE_OF_POSITIVE = ("Add", "Concat", "Max", "Mean", "Min", "Mul", "Sum")
 _SHAPED_BY_VALUES = ("Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique")
 
 
@@ -100,6 +107,23 @@ def shaped_only(model: onnx.ModelProto) -> frozenset[str]:
         if node.op_type in _RANDOM or (node.op_type not in ("Shape", "Size") and not valued.isdisjoint(uses(node))):
             valued.update(node.output)
     return frozenset(live - valued)
+
+
+def never_negative(model: onnx.ModelProto) -> frozenset[str]:
+    """Activations that cannot be below zero, as their operators show: ReLU and the like, and what keeps their sign.
+
+    Clip is none of them: its bounds may be anywhere.
+    """
+    found: set[str] = set()
+    for node in model.graph.node:
+        inputs = [name for name in node.input if name]
+        if node.domain not in STANDARD_DOMAINS or not inputs:
+            continue
+        kept = node.op_type in _KEEPS_SIGN and inputs[0] in found
+        joined = node.op_type in _POSITIVE_OF_POSITIVE and found.issuperset(inputs)
+        if node.op_type in _POSITIVE or kept or joined:
+            found.update(node.output)
+    return frozenset(found)
 
 
 def mixes_samples(model: onnx.ModelProto) -> bool:

@@ -24,6 +24,8 @@ def merge(*parts: Ranges) -> Ranges:
     """
     if not parts:
         raise RangesError("there are no ranges to merge")
+    if not all(part.samples for part in parts):
+        raise RangesError("ranges that were read from a calibration cache of TensorRT cannot be merged")
     if len({part.model for part in parts}) > 1:
         raise RangesError("cannot merge ranges of different networks", hint="calibrate the shards on one network")
     if len({(part.method, part.percentile, part.channels) for part in parts}) > 1:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from calib.errors import FileError, RangesError
 from calib.files import read_json, write_text
-from calib.fingerprint import model_fingerprint
+from calib.fingerprint import model_fingerprint, to_hex
 from calib.histogram import CHANNEL_BITS, TENSOR_BITS, Histogram, bins_of, from_runs, to_runs
 from calib.options import METHODS
 
@@ -83,7 +83,7 @@ class Ranges:
         model: Fingerprint of the network.
         data: Fingerprint of the data.
         method: How a range is to be chosen, one of :data:`calib.options.METHODS`; see :mod:`calib.choose`.
-        samples: How many samples were fed.
+        samples: How many samples were fed; 0 where the ranges were not measured here (:mod:`calib.trt_cache`).
         skipped: Tensors that have no range, with the reason.
         versions: Packages that measured.
         percentile: Of the method ``percentile``: how many of 100 values keep their size. None for the others.
@@ -193,7 +193,9 @@ def _parse(value: dict[str, Any]) -> Ranges:
     settings = value["settings"]
     if settings["method"] not in METHODS:
         raise ValueError(f"unknown method {settings['method']!r}")
-    if type(settings["samples"]) is not int or settings["samples"] < 1:
+    # Of no samples is what was not measured here: see calib.trt_cache.
+    least = 0 if value["data"] == to_hex(0) else 1
+    if type(settings["samples"]) is not int or settings["samples"] < least:
         raise ValueError(f"samples is {settings['samples']!r}")
     for key in ("model", "data"):
         if not isinstance(value[key], str) or len(value[key]) != 64 or int(value[key], 16) < 0:

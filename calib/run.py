@@ -10,7 +10,7 @@ from calib.ahead import ahead
 from calib.batches import batches
 from calib.checkpoint import Checkpoint
 from calib.choose import check_method
-from calib.errors import CalibrationError, DataError
+from calib.errors import CalibrationError, DataError, NoSampleError
 from calib.fingerprint import model_fingerprint, to_hex
 from calib.graph import mixes_samples, refuse_quantized
 from calib.inputs import model_inputs
@@ -85,7 +85,7 @@ def calibrate(
     first = next(grouped, None)
     if first is None:
         if before is None:
-            raise DataError("the data is empty: it gives no sample", hint="calibration needs at least one sample")
+            raise _no_sample(selection.shard)
         return before
     meter = Meter(model, specs, first, settings, threads=threads, index=lambda place: selection.index(done + place))
     total = selection.length
@@ -95,6 +95,16 @@ def calibrate(
             checkpoint.keep(lambda: _joined(before, meter.finish()))
         progress("calibrate", done + meter.samples, total)
     return _joined(before, meter.finish())
+
+
+def _no_sample(shard: Shard) -> DataError:
+    """The error for data without a sample for this run."""
+    if shard.index == 1:
+        return DataError("the data is empty: it gives no sample", hint="calibration needs at least one sample")
+    return NoSampleError(
+        f"shard {shard.index}/{shard.of} holds no sample: the data has fewer than {shard.index}",
+        hint="make no more shards than there are samples",
+    )
 
 
 def _joined(before: Ranges | None, now: Ranges) -> Ranges:
