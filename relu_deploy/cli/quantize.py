@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
 from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
+from relu_deploy.cli.integer_options import integer_lines, integer_options
 from relu_deploy.cli.safety import FileCommand
 from relu_deploy.targets import TARGETS
 
@@ -33,6 +35,7 @@ _GRAIN = {"channel": "channel", "tensor": "layer"}
 @click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True, help="Runtime the file is for.")
 @click.option("-o", "--output", required=True, type=OUTPUT_FILE, help="INT8 ONNX file to write.")
 @int8_options
+@integer_options
 @json_option
 def command(
     model: Path,
@@ -43,6 +46,8 @@ def command(
     weight_granularity: str,
     channel_fusion: str,
     keep_float: tuple[str, ...],
+    form: str,
+    multipliers: Path | None,
     json_path: str | None,
 ) -> None:
     """Quantise MODEL to INT8 with Q/DQ in the number format of the target.
@@ -54,11 +59,14 @@ def command(
     \b
     Example:
       relu-deploy quantize student.onnx --ranges ranges.json --target ort -o student.int8.onnx
+      relu-deploy quantize student.onnx --ranges ranges.json --format qoperator --multipliers t.json -o student.q.onnx
     """  # noqa: D301  \b is click's mark for text that keeps its lines
     from calib import ranges as ranges_file
     from relu_deploy.graph import load_model, save_model
+    from relu_deploy.int8.qoperator_files import check_integer_options, write_integers
     from relu_deploy.int8.run import quantize
 
+    check_integer_options(target, form, multipliers)
     source = load_model(model)
     quantized, report = quantize(
         source,
@@ -69,7 +77,11 @@ def command(
         channel_fusion=channel_fusion,
         keep_float=keep_float,
     )
-    save_model(quantized, output)
+    if form == "qdq" and multipliers is None:
+        save_model(quantized, output)
+    else:
+        integer = write_integers(quantized, output, form=form, multipliers=multipliers)
+        report = dataclasses.replace(report, integer=integer)
     emit(report, json_path, lambda: render(report, output))
 
 
@@ -86,6 +98,8 @@ def render(report: QuantReport, output: Path | None = None) -> RenderableType:
         lines.append(Text(fusion_line(report.fusion)))
     forms = Counter(note.split(",")[0] for note in report.folded.values())
     lines.extend(Text(f"{count} x {form}: activations without a kernel of their own") for form, count in forms.items())
+    if report.integer is not None:
+        lines.extend(integer_lines(report.integer))
     lines.extend(Text(f"warning: {warning}", style="yellow") for warning in report.warnings)
     if output is not None:
         lines.append(Text(f"wrote {output}"))

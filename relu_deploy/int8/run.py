@@ -17,6 +17,7 @@ from relu_deploy.int8.fuse import FusionReport, fuse_channels
 from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
+from relu_deploy.int8.qoperator_files import IntegerReport
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
@@ -51,6 +52,7 @@ class QuantReport:
         warnings: What a user should know before trusting the file.
         folded: Activation without a kernel of its own -> the form that it got.
         fusion: Channels that were scaled so that one scale fits all.
+        integer: The form in integer operators and its multipliers, where they were asked for.
     """
 
     target: str
@@ -63,6 +65,7 @@ class QuantReport:
     warnings: tuple[str, ...]
     folded: dict[str, str] = dataclasses.field(default_factory=dict)
     fusion: FusionReport | None = None
+    integer: IntegerReport | None = None
 
     @property
     def int8_layers(self) -> int:

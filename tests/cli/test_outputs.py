@@ -27,7 +27,10 @@ needs_torch = pytest.mark.skipif(
 WRITERS = {
     "rewrite": "rewrite m.onnx -o OUT",
     "calibrate": "calibrate m.onnx --calib x.npy -o OUT",
+    "calib merge": "calib merge r.json -o OUT",
+    "calib to-tensorrt": "calib to-tensorrt r.json -o OUT",
     "quantize": "quantize m.onnx --ranges r.json -o OUT",
+    "table of quantize": "quantize m.onnx --ranges r.json -o out.onnx --multipliers OUT",
     "build ort": "build-engine m.onnx -o OUT",
     "build ort int8": "build-engine m.onnx --int8 --calib x.npy -o OUT",
     "json of rewrite": "rewrite m.onnx -o out.onnx --json OUT",
