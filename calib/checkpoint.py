@@ -25,11 +25,16 @@ class Checkpoint:
         path: The file.
         resume: Go on from it where it exists; else it is written anew.
         seconds: Least time between two writings.
+
+    Attributes:
+        path: The file.
+        resumed: How many samples an earlier run had measured.
     """
 
     def __init__(self, path: Path, *, resume: bool, seconds: float = 30.0) -> None:
         self.path, self._resume, self._seconds = path, resume, seconds
         self._written = time.monotonic()
+        self.resumed = 0
 
     def resume(self, settings: Ranges, samples: Iterator[Sample]) -> Ranges | None:
         """What was measured before; None where there is nothing to go on from.
@@ -56,6 +61,7 @@ class Checkpoint:
         hashes = [sample_hash(sample.feeds) for sample in itertools.islice(samples, before.samples)]
         if to_hex(combine(*hashes)) != before.data or len(hashes) != before.samples:
             raise RangesError(f"{self.path} is of other samples, so there is no going on from it", hint=_ANEW)
+        self.resumed = before.samples
         return before
 
     def keep(self, measured: Callable[[], Ranges]) -> None:

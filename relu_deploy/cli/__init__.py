@@ -19,7 +19,8 @@ from relu_deploy.errors import NetworkWarning
 
 # In the order of the flow; each name is a module of this package with a click command called ``command``.
 COMMANDS = (
-    "demo", "distill", "export", "survey", "rewrite", "calibrate", "quantize", "build-engine", "bench", "inspect",
+    "demo", "distill", "export", "survey", "rewrite", "calibrate", "calib", "quantize", "build-engine",
+    "bench", "inspect",
 )  # fmt: skip
 
 

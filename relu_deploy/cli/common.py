@@ -10,8 +10,17 @@ from typing import Any
 
 import click
 from rich.console import RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from calib.files import write_json
 from calib.progress import Progress
@@ -48,13 +57,21 @@ def emit(report: Any, json_path: str | None, render: Callable[[], RenderableType
         write_json(Path(json_path), value)
 
 
+class _Rate(ProgressColumn):
+    """Units of work a second: samples, where samples are counted."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, once it is known."""
+        return Text("" if task.speed is None else f"{task.speed:.3g}/s")
+
+
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A ``Progress`` that draws a bar for each kind of work on standard error; nothing where that is no terminal."""
     console = SafeConsole(stderr=True)
     columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(),
+        TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         tasks: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from calib.options import PREPROCESS_HELP
+from calib.options import METHODS, PERCENTILE, PREPROCESS_HELP
 
 _DATA = (
     "Samples: a .npy file, a .npz file (arrays named by input), a folder of either, a folder of images, or "
@@ -32,6 +32,27 @@ def data_options(*, required: bool = True) -> Callable[[Callable[..., Any]], Cal
         click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Use the first N.  [default: all]"),
         click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, metavar="B",
                      help="Samples a run, where the model's batch axis is dynamic; it does not change the result."),
+    )  # fmt: skip
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def method_options(method: str, percentile: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options for how ranges are chosen, under these names.
+
+    The command receives ``method: str`` and ``percentile: float | None``; both go to :func:`calib.run.calibrate`.
+    """
+    options = (
+        click.option(method, "method", type=click.Choice(METHODS), default=METHODS[0], show_default=True,
+                     help="How a range is chosen: max, the extremes; percentile, what P of 100 values keep to; entropy "
+                     "or mse, where quantising to int8 changes the distribution or the values least."),
+        click.option(percentile, "percentile", type=click.FloatRange(0, 100, min_open=True), metavar="P",
+                     help=f"For the method percentile.  [default: {PERCENTILE}]"),
     )  # fmt: skip
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
