@@ -63,6 +63,7 @@ __all__ = [
     "name_nodes",
     "opset",
     "parse_model",
+    "read_model",
     "save_model",
     "tensor_bytes",
     "tidy",
@@ -86,8 +87,7 @@ def load_model(path: Path) -> onnx.ModelProto:
     """
     model = parse_model(path)
     check_versions(model, path)
-    check_parsed(model, path)
-    _load_external_data(model, path)
+    _complete(model, path)
     _check_operators(model, path)
     check_model(model, path)
     name_nodes(model.graph)
@@ -95,6 +95,25 @@ def load_model(path: Path) -> onnx.ModelProto:
         if entry.key == WHAT_IF:
             warnings.warn(f"{path}: its activations were replaced by ReLU, {entry.value}", NetworkWarning, stacklevel=2)
     return model
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file that may be of any version and fail onnx's checker, as one that is looked at for faults.
+
+    Raises:
+        FileError: ``path`` is missing or not a file.
+        ModelError: it is damaged or truncated, or its external data is missing, too short or outside its folder.
+    """
+    model = parse_model(path)
+    _complete(model, path)
+    name_nodes(model.graph)
+    return model
+
+
+def _complete(model: onnx.ModelProto, path: Path) -> None:
+    """Check what was parsed, and read its external data into it."""
+    check_parsed(model, path)
+    _load_external_data(model, path)
 
 
 def _check_operators(model: onnx.ModelProto, path: Path) -> None:
