@@ -19,7 +19,7 @@ from relu_deploy.errors import NetworkWarning
 
 # In the order of the flow; each name is a module of this package with a click command called ``command``.
 COMMANDS = (
-    "demo", "distill", "export", "survey", "rewrite", "calibrate", "quantize", "lint", "build-engine",
+    "demo", "distill", "export", "survey", "rewrite", "calibrate", "calib", "quantize", "lint", "build-engine",
     "bench", "inspect",
 )  # fmt: skip
 
