@@ -36,6 +36,8 @@ class Int8Plan:
         keep_float: Linear layers to leave in float.
         weight_granularity: A weight scale for each output ``channel``, or one for each ``tensor``.
         channel_fusion: ``pow2``, ``free`` or ``off``.
+        method: How a range is chosen from what ``source`` gives, one of :data:`calib.options.METHODS`.
+        percentile: Of the method of that name.
     """
 
     source: Source | None = None
@@ -46,6 +48,8 @@ class Int8Plan:
     keep_float: tuple[str, ...] = ()
     weight_granularity: str = "channel"
     channel_fusion: str = "pow2"
+    method: str = "max"
+    percentile: float | None = None
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.ranges is None):
@@ -63,7 +67,7 @@ class Calibrated:
     Attributes:
         samples: How many samples they rest on.
         tensors: How many tensors they cover.
-        method: ``max``.
+        method: How they were chosen.
         data: Fingerprint of the data.
         file: The ranges file they came from; None where they were measured now.
     """
@@ -164,8 +168,9 @@ def _ranges(int8: Int8Plan, original: onnx.ModelProto, rewritten: onnx.ModelProt
     if int8.ranges is None:
         assert int8.source is not None  # noqa: S101 - Int8Plan has exactly one of the two
         return calibrate(
-            rewritten, int8.source, max_samples=int8.samples, batch_size=int8.batch_size, progress=progress
-        )
+            rewritten, int8.source, method=int8.method, percentile=int8.percentile, max_samples=int8.samples,
+            batch_size=int8.batch_size, progress=progress,
+        )  # fmt: skip
     ranges = ranges_file.load(int8.ranges)
     # Rewriting keeps the value of every tensor whose name survives, so ranges of the model as given serve as well.
     if ranges.model not in (model_fingerprint(original), model_fingerprint(rewritten)):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from relu_deploy.cli import inspect, quantize, rewrite
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
-from relu_deploy.cli.data_options import data_options
+from relu_deploy.cli.data_options import data_options, method_options
 from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
 from relu_deploy.cli.safety import FileCommand, OutputPath
 from relu_deploy.targets import TARGETS
@@ -57,6 +57,7 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     "--int8", "to_int8", is_flag=True, help="Quantise to INT8 first; without it the network is built as it is."
 )
 @data_options(required=False)
+@method_options("--calib-method", "--calib-percentile")
 @click.option("--ranges", type=INPUT_FILE, help="Ranges measured by calibrate on MODEL, instead of --calib.")
 @int8_options
 @click.option(
@@ -89,10 +90,10 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @json_option
 def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
-    samples: int | None, batch_size: int, ranges: Path | None, weight_bits: str, weight_granularity: str,
-    channel_fusion: str, keep_float: tuple[str, ...], sm: tuple[str, ...], shapes: dict[str, ShapeRange],
-    optimization_level: int | None, workspace: int | None, require_int8: bool, log: Path | None, keep: Path | None,
-    json_path: str | None,
+    samples: int | None, batch_size: int, method: str, percentile: float | None, ranges: Path | None, weight_bits: str,
+    weight_granularity: str, channel_fusion: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
+    shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, require_int8: bool,
+    log: Path | None, keep: Path | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Build an engine from MODEL.onnx.
 
@@ -118,11 +119,26 @@ def command(
     )  # fmt: skip
     if not to_int8 and (data is not None or ranges is not None):
         raise click.UsageError("--calib and --ranges are for INT8 builds: add --int8, or leave them out")
+    if data is None and (method, percentile) != ("max", None):
+        raise click.UsageError("--calib-method is for --calib; a ranges file has its own method")
+    if percentile is not None and method != "percentile":
+        raise click.UsageError("--calib-percentile is for --calib-method percentile")
     network, plan = load_model(model), None
     if to_int8:
         width = parse_weight_bits(weight_bits)
         source = None if data is None else open_source(data, model_inputs(network), preprocess=preprocess)
-        plan = Int8Plan(source, ranges, samples, batch_size, width, keep_float, weight_granularity, channel_fusion)
+        plan = Int8Plan(
+            source,
+            ranges,
+            samples,
+            batch_size,
+            width,
+            keep_float,
+            weight_granularity,
+            channel_fusion,
+            method,
+            percentile,
+        )
     with progress_bar() as progress:
         built = build_engine(network, output, config, int8=plan, keep=keep, progress=progress)
     emit(built, json_path, lambda: render(built, output))

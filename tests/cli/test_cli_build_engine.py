@@ -42,6 +42,21 @@ def test_int8_for_ort_keeps_what_lies_between_and_reports_every_step(folder):
         assert engine.run({"x": np.zeros((2, 3, 16, 16), np.float32)})["y"].shape == (2, 10)
 
 
+def test_the_method_of_calibration_decides_the_scales(folder):
+    scales = {}
+    for method, more in (("max", ()), ("entropy", ()), ("percentile", ("--calib-percentile", 90))):
+        result = invoke(
+            folder / "model.onnx", "--int8", "--calib", folder / "data.npy", "--calib-method", method, *more,
+            "-o", folder / "engine.onnx", "--json", folder / "report.json",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        report = json.loads((folder / "report.json").read_text())
+        assert report["calibration"]["method"] == method
+        scales[method] = report["quantize"]["activations"]["x"]["scale"]
+    assert scales["percentile"] < 0.7 * scales["max"]
+    assert scales["percentile"] < scales["entropy"] <= scales["max"]
+
+
 def test_ranges_of_the_model_as_given_and_as_rewritten_both_serve(folder, residual_model):
     silu_then_collapsed = residual_model(activation="Silu", batch="N")
     onnx.save(silu_then_collapsed, folder / "silu.onnx")
@@ -98,6 +113,8 @@ def test_collapse_is_said_loudly(folder):
         (["--int8"], "needs calibration data or a ranges file"),
         (["--int8", "--calib", "data.npy", "--ranges", "r.json"], "only one of them can decide"),
         (["--calib", "data.npy"], "add --int8"),
+        (["--int8", "--ranges", "r.json", "--calib-method", "mse"], "a ranges file has its own method"),
+        (["--int8", "--calib", "data.npy", "--calib-percentile", "9"], "is for --calib-method percentile"),
         (["--int8", "--calib", "data.npy", "--keep-float", "nothing"], "no linear layer named 'nothing'"),
         (["--int8", "--calib", "data.npy", "--shape", "x=1x3"], "does not fit"),
         (["--shape", "x"], "is not of the form"),
