@@ -26,6 +26,7 @@ from relu_deploy.passes.affine import fold_affine
 from relu_deploy.passes.constants import fold_constants
 from relu_deploy.passes.dyrelu_spell import spell_dyrelu
 from relu_deploy.passes.gemm import products_to_gemm
+from relu_deploy.passes.identity import remove_identities
 from relu_deploy.passes.prelu import spell_prelu
 from relu_deploy.passes.pwlu import Bound, fold_pwlu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
@@ -116,6 +117,7 @@ def quantize(
     lifted = _prepare(model)
     graph = files.import_graph(lifted)
     fold_constants(graph)
+    remove_identities(graph)  # an Identity between a layer and its ReLU would be quantised, and then the ReLU again
     files.tidy(graph)
     fusion = fuse_channels(graph, ranges, number, mode=channel_fusion)
     aliases: dict[str, str] = {}

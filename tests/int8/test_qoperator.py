@@ -431,3 +431,17 @@ def test_an_average_pool_counts_as_its_float_form_does():
         # tie. Another count would move nearly all.
         assert np.abs(exact - found).max() <= 0.0501, include
         assert np.mean(exact != found) < 1 / 6
+
+
+def test_an_identity_before_a_relu_costs_no_second_quantiser(measure):
+    """Conv, Identity (a Dropout was there), ReLU: one quantiser, as without the Identity."""
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[1, 2, 4, 4] x) => (float[1, 2, 4, 4] y) <float[2, 2, 1, 1] w = {1, -2, 3, -4}>
+    { [first] h = Conv(x, w) i = Identity(h) r = Relu(i) [second] y = Conv(r, w) }"""
+    model = onnx.parser.parse_model(text)
+    quantized, report = quantize(model, measure(model), target="ort")
+    assert list(report.activations) == ["x", "r", "y"]
+    table, integer = build_table(quantized)
+    assert not in_a_row(table)
+    feeds = {"x": np.random.default_rng(0).normal(size=(1, 2, 4, 4)).astype(np.float32)}
+    assert_same_codes(quantized, integer, feeds, as_written=True)
