@@ -1,13 +1,16 @@
-"""Items made in a thread of their own, so that reading and decoding overlap with running the network."""
+"""Work in threads: reading and decoding overlap with running the network, and runs overlap with each other."""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 _WAIT = 0.1  # seconds between looks at whether anyone still wants items
 
 
@@ -58,3 +61,40 @@ class _Line(Generic[T]):
             if error is not None:
                 raise error
             yield item  # type: ignore[misc]  # there is an item where there is no error
+
+
+class Workers(Generic[T, R]):
+    """Applies a function to items, several at a time; results come in the order of the items.
+
+    So does an error: in the place of the item that failed, whichever fails first.
+
+    Args:
+        function: Is called in several threads at once, with more than one worker.
+        count: How many.
+    """
+
+    def __init__(self, function: Callable[[T], R], count: int) -> None:
+        self._function, self._count = function, count
+        self._pool = concurrent.futures.ThreadPoolExecutor(count, "calib") if count > 1 else None
+        self._pending: collections.deque[concurrent.futures.Future[R]] = collections.deque()
+
+    def map(self, items: Iterable[T]) -> Iterator[R]:
+        """Yield the results."""
+        try:
+            for item in items:
+                if self._pool is None:
+                    yield self._function(item)
+                    continue
+                self._pending.append(self._pool.submit(self._function, item))
+                if len(self._pending) > self._count:
+                    yield self._pending.popleft().result()
+            while self._pending:
+                yield self._pending.popleft().result()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+
+    def settle(self) -> bool:
+        """Wait until no item is being worked at; tell whether none failed. An error is still raised in its place."""
+        concurrent.futures.wait(self._pending)
+        return not any(future.exception() for future in self._pending)

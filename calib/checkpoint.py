@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from calib.errors import RangesError
@@ -64,11 +64,14 @@ class Checkpoint:
         self.resumed = before.samples
         return before
 
-    def keep(self, measured: Callable[[], Ranges]) -> None:
-        """Write what was measured, where the last writing is long enough ago. Raises: FileError."""
-        if time.monotonic() - self._written >= self._seconds:
-            save(measured(), self.path, kind=KIND)
-            self._written = time.monotonic()
+    def due(self) -> bool:
+        """Whether the last writing is long enough ago."""
+        return time.monotonic() - self._written >= self._seconds
+
+    def keep(self, measured: Ranges) -> None:
+        """Write what was measured so far. Raises: FileError."""
+        save(measured, self.path, kind=KIND)
+        self._written = time.monotonic()
 
     def remove(self) -> None:
         """Forget it: the run has ended, and its result is written."""

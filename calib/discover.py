@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -32,30 +33,30 @@ class Found:
         sizes: Bytes of each, on the first batch.
         types: Of all activations, as the runtime calls them.
         skipped: Activations of other float types, with the reason.
+        session: Of the network with every activation as an output; runs in the thread that calls it.
     """
 
     tensors: tuple[Tensor, ...]
     sizes: Mapping[str, int]
     types: Mapping[str, str]
     skipped: Mapping[str, str]
+    session: Session
 
 
-def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch, *, threads: int | None) -> Found:
+def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch) -> Found:
     """Find what to measure.
-
-    Shapes are looked at by running the first batch: exporters write wrong ones for outputs, and inference does not know
-    all.
 
     Raises:
         CalibrationError: the runtime cannot load the network, or an operator fails.
     """
     fed = {spec.name: spec for spec in specs}
     names = activations(model)
-    made = Session(with_outputs(model, [name for name in names if name not in fed]), threads=threads).describe()
+    session = Session(with_outputs(model, [name for name in names if name not in fed]), threads=1)
+    made = session.describe()
     types = {name: made[name][0] if name in made else "" for name in names}
     floats = {name: _FLOATS[kind] for name, kind in types.items() if kind in _FLOATS}
     floats |= {name: spec.dtype.name for name, spec in fed.items() if spec.dtype.name in _FLOATS.values()}
-    shapes = _shapes(model, [name for name in floats if name not in fed], first, threads)
+    shapes = _shapes(model, {name: made[name][1] for name in floats if name not in fed}, first)
     shapes |= {name: first.feeds[name].shape for name in fed}
     wanted = [name for name in names if name in floats]
     axes = channel_axes(model, {name: len(shapes[name]) for name in wanted})
@@ -63,13 +64,30 @@ def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch,
     tensors = tuple(Tensor(n, floats[n], len(shapes[n]), axes[n], n in shared) for n in wanted)
     sizes = {t.name: math.prod(shapes[t.name]) * np.dtype(t.dtype).itemsize for t in tensors}
     skipped = {n: f"its type is {_OTHER_FLOATS[kind]}" for n, kind in types.items() if kind in _OTHER_FLOATS}
-    return Found(tensors, sizes, types, skipped)
+    return Found(tensors, sizes, types, skipped, session)
 
 
-def _shapes(
-    model: onnx.ModelProto, names: list[str], first: Batch, threads: int | None
+def _shapes(model: onnx.ModelProto, inferred: Mapping[str, Sequence[Any]], first: Batch) -> dict[str, tuple[int, ...]]:
+    """Extents of tensors on the first batch.
+
+    What the runtime inferred is taken where it is complete. Of an output it says what the file says, which exporters
+    get wrong; and no extents may mean that they are not known: those are looked at by running the batch.
+    """
+    declared = {value.name for value in model.graph.output}
+    known = {
+        name: tuple(shape)
+        for name, shape in inferred.items()
+        if shape and name not in declared and all(type(extent) is int for extent in shape)
+    }
+    return known | _seen(model, [name for name in inferred if name not in known], first)
+
+
+def _seen(
+    model: onnx.ModelProto, names: list[str], first: Batch
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    """Extents of tensors on the first batch; the tensors themselves are freed as the network runs."""
+    """Extents as they are in a run; the tensors themselves are freed as the network runs."""
+    if not names:
+        return {}
     prefix = "calib"
     while any(name.startswith(prefix) for node in model.graph.node for name in node.output):
         prefix += "_"
@@ -79,7 +97,5 @@ def _shapes(
     del looking.graph.output[: len(model.graph.output)]
     if not opset(model):
         looking.opset_import.append(helper.make_opsetid("", _SHAPE_OPSET))
-    if not names:
-        return {}
-    found = Session(looking, threads=threads).run(outputs, first.feeds, first.samples[0].origin)
+    found = Session(looking, threads=1).run(outputs, first.feeds, first.samples[0].origin)
     return {name: tuple(map(int, shape)) for name, shape in zip(names, found, strict=True)}

@@ -169,18 +169,23 @@ class _Window:
 
     def add(self, dense: NDArray[np.int64], times: int) -> None:
         """Add counts of bins 0, 1, 2, ..., ``times`` times."""
-        hit = np.flatnonzero(dense)
-        if not hit.size:
-            return
+        first, end = self._first, self._first + len(self._counts)
+        if np.count_nonzero(dense[:first]) or np.count_nonzero(dense[end:]):
+            self._grow(np.flatnonzero(dense))
+            first, end = self._first, self._first + len(self._counts)
+        inside = dense[first:end]
+        self._counts[: len(inside)] += inside * times if times > 1 else inside
+
+    def _grow(self, hit: NDArray[np.int64]) -> None:
+        """Make room for these bins, ascending."""
         low, high = int(hit[0]), int(hit[-1]) + 1
         if not self._counts.size:
-            self._first = low
+            self._first, self._counts = low, np.zeros(high - low, np.int64)
+            return
         start, end = min(low, self._first), max(high, self._first + len(self._counts))
-        if end - start > len(self._counts):
-            grown = np.zeros(end - start, np.int64)
-            grown[self._first - start : self._first - start + len(self._counts)] = self._counts
-            self._first, self._counts = start, grown
-        self._counts[low - self._first : high - self._first] += dense[low:high] * times
+        grown = np.zeros(end - start, np.int64)
+        grown[self._first - start : self._first - start + len(self._counts)] = self._counts
+        self._first, self._counts = start, grown
 
     def add_all(self, other: _Window, times: int, share: int) -> None:
         """Add the counts of another, divided by ``share``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,22 +20,28 @@ from calib.graph import leads_only_to_softmax, producer
 from calib.inputs import InputSpec
 from calib.observers import Observer, Wanted, widened
 from calib.ranges import EMPTY, Ranges
-from calib.stages import Stages
+from calib.stages import STAGE_BYTES, Stages
 
 MASK = "it holds -inf as an attention mask"
+# Activations of all runs at a time.
+_PARALLEL_BYTES = 1 << 29
 _Feeds = Mapping[str, NDArray[Any]]
 
 
 class Meter:
-    """Measures batch after batch.
+    """Measures batches, also several at a time: what is measured does not depend on their order.
 
     Args:
         model: The network.
         specs: Its inputs.
         first: The first batch, from which types, ranks and sizes are learnt. It is not measured by that.
         settings: Of the ranges to be made: network, method and options.
-        threads: Of the runtime; None: one a core.
+        threads: How many may work, of ours and the runtime's together.
+        runs: How many batches there will be; None: not known.
         index: Which sample of the data is the n-th measured, for messages.
+
+    Attributes:
+        workers: How many batches are best measured at a time.
 
     Raises:
         CalibrationError: the network has nothing to measure, or cannot be run.
@@ -42,9 +49,9 @@ class Meter:
 
     def __init__(
         self, model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch, settings: Ranges, *,
-        threads: int | None, index: Callable[[int], int],
+        threads: int, runs: int | None, index: Callable[[int], int],
     ) -> None:  # fmt: skip
-        found = discover(model, specs, first, threads=threads)
+        found = discover(model, specs, first)
         if not found.tensors:
             raise CalibrationError("the model has no float32 or float16 activation, so there is nothing to measure")
         self._model, self._settings, self._index = model, settings, index
@@ -53,12 +60,21 @@ class Meter:
         wanted = Wanted(settings.method != "max", settings.channels)
         self._observers = {tensor.name: Observer(tensor, wanted) for tensor in found.tensors}
         made = [name for name in self._observers if name not in self._fed]
-        self._stages = Stages(model, made, found.sizes, found.types, threads=threads)
+        # Two runs of one thread each are quicker than one of two, which wait for each other at every operator.
+        needed = min(sum(found.sizes.values()), STAGE_BYTES)
+        self.workers = max(1, min(threads, _PARALLEL_BYTES // max(needed, 1), threads if runs is None else runs))
+        whole = found.session if threads // self.workers == 1 else None
+        self._stages = Stages(model, made, found.sizes, found.types, whole, threads=threads // self.workers)
         self.samples, self._data = 0, 0
         self._sketch: tuple[str, ...] = ()
+        self._lock = threading.Lock()
 
-    def take(self, batch: Batch) -> None:
-        """Run one batch and take its tensors in. Raises: CalibrationError, as :func:`calib.run.calibrate`."""
+    def take(self, batch: Batch) -> int:
+        """Run one batch and take its tensors in; says how many samples it held.
+
+        Raises:
+            CalibrationError: as :func:`calib.run.calibrate`.
+        """
         extent = _extent(batch)
         if self._settings.method != "max" and extent > len(batch.samples) and not batch.samples[0].whole:
             # The samples that fill a fixed batch would be counted too.
@@ -67,20 +83,22 @@ class Meter:
         else:
             self._run(batch, batch.feeds, len(batch.samples))
         hashes = [sample_hash(sample.feeds) for sample in batch.samples]
-        self.samples += len(hashes)
-        self._data = combine(self._data, *hashes)
-        self._sketch = sketch(self._sketch, map(sketch_of, hashes))
+        with self._lock:
+            self.samples += len(hashes)
+            self._data = combine(self._data, *hashes)
+            self._sketch = sketch(self._sketch, map(sketch_of, hashes))
+        return len(hashes)
 
     def _run(self, batch: Batch, feeds: _Feeds, samples: int, *, copies: int = 1) -> None:
         """Run the network once and update the observers."""
         for name, value in self._values(feeds, batch.samples[0].origin):
-            if name in self._skipped or not value.size:
+            if not value.size:
                 continue
             observer, values = self._observers[name], widened(value)
             low, high = observer.extremes(values)
             if np.isfinite(low).all() and np.isfinite(high).all():
                 observer.update(values, (low, high), samples, copies=copies)
-            else:
+            elif self._skipped.get(name) != MASK or np.isnan(low).any() or np.isposinf(high).any():
                 self._examine(batch, name)
 
     def _values(self, feeds: _Feeds, what: str) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -7,6 +7,7 @@ NaN on, which those of ONNX Runtime pass over (measured, 1.31), and take a fifth
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Wanted:
 
 
 class Observer:
-    """Extremes and counts of one tensor.
+    """Extremes and counts of one tensor; several threads may update it.
 
     Float16 is widened first, which is exact. Extremes and counts are exact under any grouping of samples, so the result
     depends on neither batches nor order.
@@ -61,6 +62,7 @@ class Observer:
         self._high: _Floats | None = None
         self._channels = tensor.axis is not None
         self._count = 0
+        self._lock = threading.Lock()
         self._counter = Counter() if wanted.histogram else None
         self._channel_counter = ChannelCounter() if wanted.channels and self._channels else None
 
@@ -82,14 +84,15 @@ class Observer:
             samples: How many samples were run.
             copies: How often each sample was in the batch, to fill it.
         """
-        self._count += samples
-        self._extend(*extremes)
         times = samples if self.tensor.shared else 1
         share = 1 if self.tensor.shared else copies
-        if self._counter is not None:
-            self._counter.add(values, times, share)
-        if self._channel_counter is not None and self._channels:
-            self._channel_counter.add(np.moveaxis(values, self.tensor.axis or 0, 0), times, share)
+        with self._lock:
+            self._count += samples
+            self._extend(*extremes)
+            if self._counter is not None:
+                self._counter.add(values, times, share)
+            if self._channel_counter is not None and self._channels:
+                self._channel_counter.add(np.moveaxis(values, self.tensor.axis or 0, 0), times, share)
 
     def _extend(self, low: _Floats, high: _Floats) -> None:
         """Widen the range."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import onnx
 
-from calib.ahead import ahead
+from calib.ahead import Workers, ahead
 from calib.batches import batches
 from calib.checkpoint import Checkpoint
 from calib.choose import check_method
@@ -40,7 +41,7 @@ def calibrate(
     """Measure the range of every float activation of a network.
 
     Graph optimisations are off, so that each tensor is measured as the graph is written. Activations are looked at
-    where the runtime left them and dropped; memory does not grow with the number of samples. Neither batch size nor
+    where the runtime left them and dropped: memory does not grow with the number of samples. Neither batch size nor
     order changes a bit of the result as long as the runtime's own kernels compute a sample alike in every batch, which
     those of onnxruntime 1.31 were seen to do on x86; batch size 1 does not depend on that.
 
@@ -55,7 +56,8 @@ def calibrate(
         max_samples: Stop after as many.
         shard: Only this part of the samples; :func:`calib.merge.merge` joins what shards measured.
         checkpoint: Where to keep what was measured so far, and whether to go on from it.
-        threads: Of the runtime; None: one a core.
+        threads: How many work; None: one a core. Batches are measured side by side where memory allows, each in a
+            thread of its own.
         progress: Told of each batch.
 
     Raises:
@@ -80,21 +82,31 @@ def calibrate(
     settings = Ranges({}, model_fingerprint(model), to_hex(0), method, 0, percentile=used, channels=channels)
     samples = iter(selection)
     before = None if checkpoint is None else checkpoint.resume(settings, samples)
-    done = 0 if before is None else before.samples
+    start = done = 0 if before is None else before.samples
     grouped = ahead(batches(samples, specs, batch_size=1 if mixes_samples(model) else batch_size))
     first = next(grouped, None)
     if first is None:
         if before is None:
             raise _no_sample(selection.shard)
         return before
-    meter = Meter(model, specs, first, settings, threads=threads, index=lambda place: selection.index(done + place))
     total = selection.length
-    for batch in itertools.chain([first], grouped):
-        meter.take(batch)
-        if checkpoint is not None:
-            checkpoint.keep(lambda: _joined(before, meter.finish()))
-        progress("calibrate", done + meter.samples, total)
+    runs = None if total is None else -(-(total - done) // len(first.samples))
+    meter = Meter(
+        model, specs, first, settings, threads=threads or _cpus(), runs=runs,
+        index=lambda place: selection.index(start + place),
+    )  # fmt: skip
+    workers = Workers(meter.take, meter.workers)
+    for count in workers.map(itertools.chain([first], grouped)):
+        if checkpoint is not None and checkpoint.due() and workers.settle():
+            checkpoint.keep(_joined(before, meter.finish()))
+        done += count
+        progress("calibrate", done, total)
     return _joined(before, meter.finish())
+
+
+def _cpus() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _no_sample(shard: Shard) -> DataError:

@@ -57,7 +57,8 @@ class Stages:
         measured: Tensors to look at, made by nodes.
         sizes: Bytes of each, on the first batch.
         types: Of all activations, as the runtime calls them.
-        threads: Of the runtime; None: one a core.
+        whole: Runs the whole network, with every activation as an output, where there is such a session.
+        threads: Of the runtime, for each stage.
 
     Raises:
         CalibrationError: the runtime cannot load it.
@@ -65,7 +66,7 @@ class Stages:
 
     def __init__(
         self, model: onnx.ModelProto, measured: Iterable[str], sizes: Mapping[str, int], types: Mapping[str, str],
-        *, threads: int | None,
+        whole: Session | None, *, threads: int | None,
     ) -> None:  # fmt: skip
         wanted = set(measured)
         nodes = list(model.graph.node)
@@ -78,8 +79,11 @@ class Stages:
             reads = tuple(name for name in types if name in read[place] and name not in made)
             hands_on = tuple(name for name in made if name in later)
             looked_at = tuple(name for name in made if name in wanted)
-            whole = _part(model, _with_constants(model, nodes, part), reads, (*looked_at, *hands_on), types)
-            session = Session(whole, threads=threads)
+            if whole is not None and len(parts) == 1:
+                session, reads = whole, tuple(value.name for value in model.graph.input if value.name in types)
+            else:
+                cut = _part(model, _with_constants(model, nodes, part), reads, (*looked_at, *hands_on), types)
+                session = Session(cut, threads=threads)
             self._stages.append(_Stage(session, reads, looked_at, hands_on, frozenset(types) - later))
 
     def __len__(self) -> int:
