@@ -62,12 +62,14 @@ class Evaluation:
     Attributes:
         samples: Test samples.
         scores: Metric -> its score; the first is the one that is compared.
+        reference: The same of the float network.
         sqnr_db: Output -> 10 log10(sum ref^2 / sum (ref - out)^2) over all test samples; inf where equal, nan where an
             output is not finite.
     """
 
     samples: int
     scores: dict[str, Score]
+    reference: dict[str, Score]
     sqnr_db: dict[str, float]
 
 
@@ -120,8 +122,11 @@ class Task:
                     exact = value.astype(np.float64)
                     signal[name] = signal.get(name, 0.0) + float(np.sum(exact**2))
                     noise[name] = noise.get(name, 0.0) + float(np.sum((exact - got[name]) ** 2))
-        scores = self.plan.score(answers, reference, read_arrays(self.folder / "truth.npz"))
-        return Evaluation(len(answers), scores, {name: decibels(signal[name], noise[name]) for name in signal})
+        truth = read_arrays(self.folder / "truth.npz")
+        return Evaluation(
+            len(answers), self.plan.score(answers, reference, truth), self.plan.score(reference, reference, truth),
+            {name: decibels(signal[name], noise[name]) for name in signal},
+        )  # fmt: skip
 
 
 def decibels(signal: float, noise: float) -> float:

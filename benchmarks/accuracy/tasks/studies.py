@@ -34,7 +34,12 @@ def sentences_of_vader(shared: Path, split: str) -> list[tuple[str, int]]:
 
 
 def trained(make: Callable[[], nn.Module], file: Path, train: Callable[[nn.Module], None]) -> nn.Module:
-    """A network with the weights in a file, trained first where there is none."""
+    """A network with the weights in a file, trained first where there is none.
+
+    On one thread: the sums of a step are then added up in one order everywhere, and on a busy machine two threads that
+    wait for each other at every layer are several times slower than one.
+    """
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = make()
     if file.is_file():
