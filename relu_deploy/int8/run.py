@@ -18,6 +18,7 @@ from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
 from relu_deploy.int8.qoperator_files import IntegerReport
+from relu_deploy.int8.shield import shield_float_layers
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
@@ -147,6 +148,7 @@ def quantize(
     if number.unsigned:
         folded |= {site.name: f"a table of 256 codes for {site.channels} functions" for site in sites}
         folded |= spell_pwlu(graph, number.target).notes  # those between floats
+        shield_float_layers(graph)
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
     folded |= dynamic

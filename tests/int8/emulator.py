@@ -367,14 +367,7 @@ def pooled(data: np.ndarray, entry: dict) -> tuple[np.ndarray, np.ndarray, np.nd
     kernel = tuple(attributes["kernel_shape"])
     strides = attributes.get("strides", [1] * spatial)
     pads = padding(data.shape[2:], kernel, strides, [1] * spatial, attributes)
-    ends = list(pads[spatial:])
-    if attributes.get("ceil_mode", 0):
-        for axis, (size, width, stride) in enumerate(zip(data.shape[2:], kernel, strides, strict=True)):
-            whole = size + pads[axis] + pads[spatial + axis] - width
-            steps = math.ceil(whole / stride)
-            if steps * stride >= size + pads[axis]:  # a window that starts in the padding behind does not count
-                steps -= 1
-            ends[axis] += max(steps * stride - whole, 0)
+    ends = rounded_up(data.shape[2:], kernel, strides, pads) if attributes.get("ceil_mode", 0) else pads[spatial:]
     around = [(0, 0), (0, 0), *zip(pads[:spatial], ends, strict=True)]
     axes = tuple(range(2 + spatial, 2 + 2 * spatial))
 
@@ -386,10 +379,25 @@ def pooled(data: np.ndarray, entry: dict) -> tuple[np.ndarray, np.ndarray, np.nd
     return add(data), add(np.abs(data)), counts
 
 
+def rounded_up(shape: tuple, extent: tuple, strides: list[int], pads: list[int]) -> list[int]:
+    """Padding behind, with as much more as the last window wants that starts before it."""
+    ends = list(pads[len(shape) :])
+    for axis, (size, width, stride) in enumerate(zip(shape, extent, strides, strict=True)):
+        whole = size + pads[axis] + ends[axis] - width
+        steps = math.ceil(whole / stride)
+        if steps * stride >= size + pads[axis]:
+            steps -= 1
+        ends[axis] += max(steps * stride - whole, 0)
+    return ends
+
+
 def moved(node: onnx.NodeProto, given: list[np.ndarray | None]) -> list[np.ndarray]:
     """An operator that moves codes: MaxPool here, the others as onnx's own evaluator has them."""
     if node.op_type == "MaxPool":
         return [max_pool(given[0], {a.name: helper.get_attribute_value(a) for a in node.attribute})]
+    if node.op_type == "GatherElements":  # onnx's own cannot broadcast here
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        return [np.take_along_axis(given[0], given[1].astype(np.int64), axis)]
     named = {name: value for name, value in zip(node.input, given, strict=True) if name}
     graph = helper.make_graph(
         [node], "moved",
@@ -403,13 +411,14 @@ def moved(node: onnx.NodeProto, given: list[np.ndarray | None]) -> list[np.ndarr
 def max_pool(data: np.ndarray, attributes: dict) -> np.ndarray:
     """Largest code of every window; padding holds the lowest code there is."""
     spatial = data.ndim - 2
-    assert not attributes.get("ceil_mode", 0)
     kernel = tuple(attributes["kernel_shape"])
     strides = list(attributes.get("strides", [1] * spatial))
     dilations = list(attributes.get("dilations", [1] * spatial))
     given = {**attributes, "auto_pad": attributes.get("auto_pad", b"NOTSET").decode()}
     pads = padding(data.shape[2:], kernel, strides, dilations, given)
-    around = [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)]
+    extent = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
+    ends = rounded_up(data.shape[2:], extent, strides, pads) if attributes.get("ceil_mode", 0) else pads[spatial:]
+    around = [(0, 0), (0, 0), *zip(pads[:spatial], ends, strict=True)]
     padded = np.pad(data, around, constant_values=np.iinfo(data.dtype).min)
     return window(padded, kernel, strides, dilations).max(tuple(range(2 + spatial, 2 + 2 * spatial)))
 
