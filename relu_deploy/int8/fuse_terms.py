@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,14 @@ from relu_deploy.int8.formats import NumberFormat
 from relu_deploy.int8.fuse_noise import Array, Numbers, Product, Span
 from relu_deploy.int8.fuse_ranges import Extents
 from relu_deploy.int8.fuse_rules import Labelling, LinearUse
-from relu_deploy.int8.place import LINEAR_OPS, MOVING_OPS, is_clipping
+from relu_deploy.int8.place import MOVING_OPS, place
+from relu_deploy.passes.edit import dims, int_values
 
 # Second moment over squared maximum where only the maximum is known: between a Gaussian's 1/9 to 1/20 over as many
 # samples as calibration takes and the longer tails of activations.
 _MOMENT = 1 / 16
+# Behind these a layer's output is a part of a larger signal, or the same one.
+_ADDING = ("Add", "Sub", "Sum", "Relu", "Identity", "Dropout")
 
 
 def build_terms(
@@ -54,8 +57,9 @@ def build_terms(
             weight = _share(gain, outputs)
             weight = np.where(weight > 0, weight, 1 / power)
             terms.append(_product(layer, ranges, number, numbers, weight))
-    rounded = [known[name] for name in _quantised(graph, number) if name in known]
-    spans = [_span(extents, number, numbers, gain) for extents in rounded]
+    positions = averaged_positions(graph)
+    rounded = [name for name in _quantised(graph, ranges.tensors, number) if name in known]
+    spans = [_span(known[name], number, numbers, gain / positions.get(name, 1)) for name in rounded]
     return terms + [span for span in spans if span.gain.any()]
 
 
@@ -65,10 +69,22 @@ def _data(layer: LinearUse) -> int:
 
 
 def _signal(layer: LinearUse, ranges: Ranges) -> float:
-    """Power of a layer's output, summed over its channels; from the output's range, or from input and weights."""
-    measured = ranges.tensors.get(layer.node.outputs[0].name)
-    if measured is not None:
-        return float(_moments(measured, layer.outputs.size).sum())
+    """Power of the signal that a layer's noise is compared with, summed over channels.
+
+    Of a residual branch that is the sum behind it: noise of a branch that hardly counts hardly counts either. Taken from
+    ranges; where there are none, from input and weights.
+    """
+    powers, queue, seen = [0.0], [layer.node.outputs[0]], set[int]()
+    while queue:
+        tensor = queue.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if (measured := ranges.tensors.get(tensor.name)) is not None:
+            powers.append(float(_moments(measured, layer.outputs.size).sum()))
+        queue += [reader.outputs[0] for reader in tensor.outputs if reader.op in _ADDING]
+    if max(powers) > 0:
+        return max(powers)
     energy = (layer.weight.astype(np.float64) ** 2).sum(axis=2)
     return float((energy * _energy(layer, ranges)).sum())
 
@@ -122,22 +138,46 @@ def _span(extents: Extents, number: NumberFormat, numbers: Numbers, gain: Array)
     )
 
 
+def averaged_positions(graph: gs.Graph) -> dict[str, int]:
+    """Over how many positions the network takes the mean of a tensor, whatever way its values go to the outputs.
+
+    Rounding noise of activations is another at each position and goes down with their number; noise of weights is the
+    same at all of them and does not. Tensors that reach an output in another way, or of unknown extents, have no entry.
+    """
+    pooled: dict[int, bool] = {id(tensor): False for tensor in graph.outputs}
+    found = {}
+    for node in reversed(graph.nodes):
+        for tensor in node.outputs:
+            ways = [
+                _pools_all(reader) or all(pooled.get(id(made), False) for made in reader.outputs)
+                for reader in tensor.outputs
+            ]
+            pooled[id(tensor)] = bool(ways) and all(ways) and pooled.get(id(tensor), True)
+            shape = dims(tensor)
+            if pooled[id(tensor)] and shape is not None and len(shape) > 2 and None not in shape[2:]:
+                found[tensor.name] = int(np.prod([size for size in shape[2:] if size]))
+    return found
+
+
+def _pools_all(node: gs.Node) -> bool:
+    """Whether a node takes the mean over all positions of (N, C, ...)."""
+    if node.op != "ReduceMean":
+        return bool(node.op == "GlobalAveragePool")
+    shape, axes = dims(node.inputs[0]), int_values(node, "axes", 1)
+    return shape is not None and axes is not None and {a % len(shape) for a in axes} >= set(range(2, len(shape)))
+
+
 def _share(gain: Array, ids: Numbers) -> Array:
     """Gain of each channel; where several have one number, their part of it."""
     return np.asarray(gain[ids] / np.bincount(ids, minlength=gain.size)[ids])
 
 
-def _quantised(graph: gs.Graph, number: NumberFormat) -> list[str]:
-    """Names of tensors that are rounded with a step of their own: inputs of layers; for ``ort`` the body as well."""
-    names = []
-    for node in graph.nodes:
-        for tensor in node.outputs:
-            readers = list(tensor.outputs)
-            feeds = any(reader.op in LINEAR_OPS and reader.inputs[0] is tensor for reader in readers)
-            fused = len(readers) == 1 and is_clipping(readers[0])
-            if feeds or (number.unsigned and node.op not in MOVING_OPS and not fused):
-                names.append(tensor.name)
-    return names
+def _quantised(graph: gs.Graph, measured: Iterable[str], number: NumberFormat) -> list[str]:
+    """Names of tensors that are rounded with a step of their own."""
+    placement = place(graph, measured, number)
+    made = {tensor.name: node for node in graph.nodes for tensor in node.outputs}
+    moved = {name for group in placement.groups for name in group if name in made and made[name].op in MOVING_OPS}
+    return [name for name in placement.uses if name not in moved]
 
 
 def free_channels(
