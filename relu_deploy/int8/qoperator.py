@@ -29,6 +29,7 @@ import onnx_graphsurgeon as gs
 
 from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
+from relu_deploy.int8.lower_pools import counts_otherwise
 from relu_deploy.int8.qoperator_edges import Operand, Quantised, has_codes, read_operand, read_result
 from relu_deploy.report import PassReport, Skip
 
@@ -153,6 +154,8 @@ def _attributes(node: gs.Node) -> dict[str, Any] | str:
         return {"alpha": 0.0}
     if node.op == "AveragePool" and any(step != 1 for step in attrs.pop("dilations", ())):
         return "the integer AveragePool has no dilations"
+    if counts_otherwise(node):
+        return "the integer AveragePool counts padding otherwise where its windows hang over"
     return attrs
 
 

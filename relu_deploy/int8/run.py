@@ -16,6 +16,7 @@ from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, 
 from relu_deploy.int8.fuse import FusionReport, fuse_channels
 from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
+from relu_deploy.int8.lower_pools import spell_average_pools
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
 from relu_deploy.int8.qoperator_files import IntegerReport
 from relu_deploy.int8.shield import shield_float_layers
@@ -127,6 +128,7 @@ def quantize(
         aliases = products_to_gemm(graph, rows=True).aliases | spatial_mean_to_pool(graph)
         prelu_to_leaky(graph)
         spell_prelu(graph)
+        spell_average_pools(graph)
         files.tidy(graph)
     present = graph.tensors()
     bounds = {name: chosen for name, chosen in fusion.bounds.items() if name in present}

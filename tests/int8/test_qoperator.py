@@ -253,6 +253,7 @@ g (float[1, 4, 6, 6] x) => (float[1, 4, 6, 6] y)
  uint8[4] zeros = {0, 0, 0, 0}, float one = {1}, float six = {6}, float[4] plain = {1, 1, 1, 1}>
 { q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z) %s }
 """
+QUANTISED = "k = QuantizeLinear(h, s, z) y = DequantizeLinear(k, s, z)"
 SKIPS = {
     "leaves": ("[node] y = Sigmoid(d)", "leaves the network as floats"),
     "no integer form": (
@@ -280,6 +281,10 @@ SKIPS = {
     "interpolates": (
         '[node] h = Resize <mode = "linear"> (d, , plain) k = QuantizeLinear(h, s, z) y = DequantizeLinear(k, s, z)',
         "computes values between",
+    ),
+    "counts otherwise": (
+        "[node] h = AveragePool <kernel_shape = [1, 1], ceil_mode = 1, count_include_pad = 1> (d) " + QUANTISED,
+        "counts padding otherwise",
     ),
     "clips": (
         "[node] h = Sigmoid(d) [clip] c = Clip(h, one, six) k = QuantizeLinear(c, s, z) y = DequantizeLinear(k, s, z)",
@@ -412,25 +417,29 @@ def test_shared_weights_serve_two_layers():
     assert_same_codes(model, integer, feeds, as_written=True)
 
 
-def test_an_average_pool_counts_as_its_float_form_does():
+POOLS = {
+    "overhang": "kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 0, 0], ceil_mode = 1",
+    "include": "kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], count_include_pad = 1",
+    "same": 'kernel_shape = [3, 3], strides = [2, 2], auto_pad = "SAME_UPPER"',
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_an_average_pool_counts_as_its_float_form_does(pool):
     """With overhanging windows too, where counts are not all the same."""
-    for include in (0, 1):
-        body = (
-            f"[node] h = AveragePool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 0, 0], ceil_mode = 1, "
-            f"count_include_pad = {include}> (d) k = QuantizeLinear(h, s, z) y = DequantizeLinear(k, s, z)"
-        )
-        text = (QDQ % body).replace("(float[1, 4, 6, 6] y)", "(float[1, 4, a, b] y)")
-        model = onnx.parser.parse_model(text)
-        integer, report = to_qoperator(model)
-        assert report.notes == {"node": "QLinearAveragePool"}
-        feeds = {"x": np.random.default_rng(0).normal(0, 3, (1, 4, 6, 6)).astype(np.float32)}
-        exact = session(model, optimise=False).run(None, feeds)[0]
-        found = session(integer, optimise=False).run(None, feeds)[0]
-        assert exact.shape == found.shape
-        # float32 sums in another order move ties, by one step; of four, six and nine codes about one mean in six is a
-        # tie. Another count would move nearly all.
-        assert np.abs(exact - found).max() <= 0.0501, include
-        assert np.mean(exact != found) < 1 / 6
+    body = f"[node] h = AveragePool <{POOLS[pool]}> (d) k = QuantizeLinear(h, s, z) y = DequantizeLinear(k, s, z)"
+    model = onnx.parser.parse_model((QDQ % body).replace("(float[1, 4, 6, 6] y)", "(float[1, 4, a, b] y)"))
+    integer, report = to_qoperator(model)
+    assert report.notes == {"node": "QLinearAveragePool"}
+    feeds = {"x": np.random.default_rng(0).normal(0, 3, (1, 4, 6, 6)).astype(np.float32)}
+    exact = session(model, optimise=False).run(None, feeds)[0]
+    found = session(integer, optimise=False).run(None, feeds)[0]
+    assert exact.shape == found.shape
+    # float32 sums in another order move ties, by one step; of four, six and nine codes about one mean in six is a
+    # tie. Another count would move nearly all.
+    assert np.abs(exact - found).max() <= 0.0501
+    assert np.mean(exact != found) < 1 / 6
+    assert emulated(integer, as_json(build_table(model)[0]), feeds)[0] == exact.size
 
 
 def test_an_identity_before_a_relu_costs_no_second_quantiser(measure):
