@@ -12,6 +12,8 @@ import onnx
 from onnx import helper
 
 from calib.batches import Batch
+from calib.derived import Derived, derivable
+from calib.errors import CalibrationError
 from calib.graph import activations, channel_axes, shaped_only
 from calib.inputs import InputSpec
 from calib.model import opset
@@ -22,6 +24,8 @@ _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 _OTHER_FLOATS = {"tensor(double)": "float64", "tensor(bfloat16)": "bfloat16"}
 # Shape is of every version of the operators; a model of other domains only gets this one beside them.
 _SHAPE_OPSET = 17
+# Elements of constants that shapes may be inferred from: axes, shapes, sizes of Resize.
+_SMALL = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +37,14 @@ class Found:
         sizes: Bytes of each, on the first batch.
         types: Of all activations, as the runtime calls them.
         skipped: Activations of other float types, with the reason.
-        session: Of the network with every activation as an output; runs in the thread that calls it.
+        derived: Those of ``tensors`` that need not be looked at, and what they follow from.
     """
 
     tensors: tuple[Tensor, ...]
     sizes: Mapping[str, int]
     types: Mapping[str, str]
     skipped: Mapping[str, str]
-    session: Session
+    derived: Mapping[str, Derived]
 
 
 def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch) -> Found:
@@ -51,8 +55,7 @@ def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch)
     """
     fed = {spec.name: spec for spec in specs}
     names = activations(model)
-    session = Session(with_outputs(model, [name for name in names if name not in fed]), threads=1)
-    made = session.describe()
+    made = _inferred(model, [name for name in names if name not in fed])
     types = {name: made[name][0] if name in made else "" for name in names}
     floats = {name: _FLOATS[kind] for name, kind in types.items() if kind in _FLOATS}
     floats |= {name: spec.dtype.name for name, spec in fed.items() if spec.dtype.name in _FLOATS.values()}
@@ -64,20 +67,58 @@ def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch)
     tensors = tuple(Tensor(n, floats[n], len(shapes[n]), axes[n], n in shared) for n in wanted)
     sizes = {t.name: math.prod(shapes[t.name]) * np.dtype(t.dtype).itemsize for t in tensors}
     skipped = {n: f"its type is {_OTHER_FLOATS[kind]}" for n, kind in types.items() if kind in _OTHER_FLOATS}
-    return Found(tensors, sizes, types, skipped, session)
+    fixed = {name for name, found in made.items() if _is_fixed(found[1])}
+    fixed |= {name for name, spec in fed.items() if spec.shape is not None and _is_fixed(spec.shape)}
+    derived = derivable(model, {t.name: t for t in tensors}, fixed)
+    return Found(tensors, sizes, types, skipped, derived)
+
+
+def _is_fixed(shape: Sequence[Any]) -> bool:
+    """Whether all extents but the first are known, and none is 0."""
+    return len(shape) > 1 and all(type(extent) is int and extent > 0 for extent in shape[1:])
+
+
+def _inferred(model: onnx.ModelProto, names: list[str]) -> dict[str, tuple[str, Sequence[Any]]]:
+    """Types and shapes of tensors, as the runtime infers them from the nodes alone.
+
+    What a file says of its shapes is left out, since exporters get it wrong; and weights, which nothing is inferred
+    from, need not be loaded for this.
+
+    Raises:
+        CalibrationError: the runtime cannot load the network.
+    """
+    bare = onnx.ModelProto(ir_version=model.ir_version)
+    bare.opset_import.extend(model.opset_import)
+    bare.functions.extend(model.functions)
+    bare.graph.name = model.graph.name
+    bare.graph.node.extend(model.graph.node)
+    bare.graph.input.extend(model.graph.input)
+    bare.graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    bare.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    fed = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= _SMALL:
+            bare.graph.initializer.append(tensor)
+        elif tensor.name not in fed:
+            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            bare.graph.input.append(value)
+    try:
+        return Session(bare, threads=1).describe()
+    except CalibrationError:  # some operators want their weights when they are loaded
+        del bare.graph.input[:], bare.graph.initializer[:]
+        bare.graph.input.extend(model.graph.input)
+        bare.graph.initializer.extend(model.graph.initializer)
+        return Session(bare, threads=1).describe()
 
 
 def _shapes(model: onnx.ModelProto, inferred: Mapping[str, Sequence[Any]], first: Batch) -> dict[str, tuple[int, ...]]:
     """Extents of tensors on the first batch.
 
-    What the runtime inferred is taken where it is complete. Of an output it says what the file says, which exporters
-    get wrong; and no extents may mean that they are not known: those are looked at by running the batch.
+    What the runtime inferred is taken where it is complete. No extents may mean that they are not known: those are
+    looked at by running the batch.
     """
-    declared = {value.name for value in model.graph.output}
     known = {
-        name: tuple(shape)
-        for name, shape in inferred.items()
-        if shape and name not in declared and all(type(extent) is int for extent in shape)
+        name: tuple(shape) for name, shape in inferred.items() if shape and all(type(extent) is int for extent in shape)
     }
     return known | _seen(model, [name for name in inferred if name not in known], first)
 

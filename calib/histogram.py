@@ -67,7 +67,7 @@ class Histogram:
 
     def magnitudes(self) -> Histogram:
         """The histogram of ``|v|``."""
-        return _collected(self.bits, np.abs(self.bins), self.counts)
+        return collected(self.bits, np.abs(self.bins), self.counts)
 
 
 def histogram_of(values: NDArray[Any], *, bits: int = TENSOR_BITS) -> Histogram:
@@ -102,11 +102,11 @@ def merge_histograms(parts: Iterable[Histogram]) -> Histogram:
     if len({part.bits for part in parts}) != 1:
         raise ValueError(f"histograms with bins of {sorted({part.bits for part in parts})} bits cannot be added up")
     bins, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("bins", "counts"))
-    return _collected(parts[0].bits, bins, counts)
+    return collected(parts[0].bits, bins, counts)
 
 
-def _collected(bits: int, bins: NDArray[np.int32], counts: NDArray[np.int64]) -> Histogram:
-    """Sort bins, and add up the counts of equal ones."""
+def collected(bits: int, bins: NDArray[np.int32], counts: NDArray[np.int64]) -> Histogram:
+    """A histogram of these bins in any order, the counts of equal ones added up."""
     found, places = np.unique(bins, return_inverse=True)
     sums = np.zeros(len(found), np.int64)
     np.add.at(sums, places, counts)

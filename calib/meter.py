@@ -13,13 +13,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from calib.batches import Batch
+from calib.derived import derive
 from calib.discover import discover
 from calib.errors import CalibrationError
 from calib.fingerprint import combine, sample_hash, sketch, sketch_of, to_hex
 from calib.graph import leads_only_to_softmax, producer
 from calib.inputs import InputSpec
 from calib.observers import Observer, Wanted, widened
-from calib.ranges import EMPTY, Ranges
+from calib.ranges import EMPTY, Ranges, TensorRange
 from calib.stages import STAGE_BYTES, Stages
 
 MASK = "it holds -inf as an attention mask"
@@ -58,13 +59,13 @@ class Meter:
         self._fed = {spec.name for spec in specs}
         self._skipped = dict(found.skipped)
         wanted = Wanted(settings.method != "max", settings.channels)
-        self._observers = {tensor.name: Observer(tensor, wanted) for tensor in found.tensors}
+        self._order, self._derived = [tensor.name for tensor in found.tensors], found.derived
+        self._observers = {t.name: Observer(t, wanted) for t in found.tensors if t.name not in found.derived}
         made = [name for name in self._observers if name not in self._fed]
         # Two runs of one thread each are quicker than one of two, which wait for each other at every operator.
-        needed = min(sum(found.sizes.values()), STAGE_BYTES)
+        needed = min(sum(found.sizes[name] for name in self._observers), STAGE_BYTES)
         self.workers = max(1, min(threads, _PARALLEL_BYTES // max(needed, 1), threads if runs is None else runs))
-        whole = found.session if threads // self.workers == 1 else None
-        self._stages = Stages(model, made, found.sizes, found.types, whole, threads=threads // self.workers)
+        self._stages = Stages(model, made, found.sizes, found.types, threads=threads // self.workers)
         self.samples, self._data = 0, 0
         self._sketch: tuple[str, ...] = ()
         self._lock = threading.Lock()
@@ -130,11 +131,22 @@ class Meter:
 
     def finish(self) -> Ranges:
         """What was measured so far, in the network's order."""
-        results = {name: observer.result() for name, observer in self._observers.items() if name not in self._skipped}
-        skipped = self._skipped | {name: EMPTY for name, result in results.items() if result is None}
+        tensors: dict[str, TensorRange] = {}
+        skipped = dict(self._skipped)
+        for name in self._order:
+            how = self._derived.get(name)
+            if how is not None and (lost := next((skipped[n] for n in how.inputs if n in skipped), None)):
+                skipped[name] = lost
+            if name in skipped:
+                continue
+            result = self._observers[name].result() if how is None else derive(how, [tensors[n] for n in how.inputs])
+            if result is None:
+                skipped[name] = EMPTY
+            else:
+                tensors[name] = result
         return dataclasses.replace(
             self._settings,
-            tensors={name: result for name, result in results.items() if result is not None},
+            tensors=tensors,
             data=to_hex(self._data),
             samples=self.samples,
             skipped=dict(sorted(skipped.items())),

@@ -13,7 +13,7 @@ from calib.checkpoint import Checkpoint
 from calib.choose import check_method
 from calib.errors import CalibrationError, DataError, NoSampleError
 from calib.fingerprint import model_fingerprint, to_hex
-from calib.graph import mixes_samples, refuse_quantized
+from calib.graph import mixes_samples, refuse_quantized, shaped_only
 from calib.inputs import model_inputs
 from calib.merge import merge
 from calib.meter import Meter
@@ -51,8 +51,9 @@ def calibrate(
         method: How a range is to be chosen; all but ``max`` keep histograms, see :mod:`calib.choose`.
         percentile: For the method of that name; None: 99.99.
         channels: Keep a histogram of each channel too, for :func:`calib.choose.choose_channels`.
-        batch_size: Samples a run, where the network's batch axis is dynamic. A fixed one is kept to, and a network in
-            which shapes or branches depend on values is run sample by sample.
+        batch_size: Samples a run, where the network's batch axis is dynamic. A fixed one is kept to. A network in which
+            shapes or branches depend on values is run sample by sample, and so is one that computes with shapes where
+            values are counted: what of it a batch holds once could not be told from what it holds once a sample.
         max_samples: Stop after as many.
         shard: Only this part of the samples; :func:`calib.merge.merge` joins what shards measured.
         checkpoint: Where to keep what was measured so far, and whether to go on from it.
@@ -83,7 +84,8 @@ def calibrate(
     samples = iter(selection)
     before = None if checkpoint is None else checkpoint.resume(settings, samples)
     start = done = 0 if before is None else before.samples
-    grouped = ahead(batches(samples, specs, batch_size=1 if mixes_samples(model) else batch_size))
+    alone = mixes_samples(model) or (method != "max" and shaped_only(model))
+    grouped = ahead(batches(samples, specs, batch_size=1 if alone else batch_size))
     first = next(grouped, None)
     if first is None:
         if before is None:

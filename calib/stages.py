@@ -57,7 +57,6 @@ class Stages:
         measured: Tensors to look at, made by nodes.
         sizes: Bytes of each, on the first batch.
         types: Of all activations, as the runtime calls them.
-        whole: Runs the whole network, with every activation as an output, where there is such a session.
         threads: Of the runtime, for each stage.
 
     Raises:
@@ -66,7 +65,7 @@ class Stages:
 
     def __init__(
         self, model: onnx.ModelProto, measured: Iterable[str], sizes: Mapping[str, int], types: Mapping[str, str],
-        whole: Session | None, *, threads: int | None,
+        *, threads: int | None,
     ) -> None:  # fmt: skip
         wanted = set(measured)
         nodes = list(model.graph.node)
@@ -79,11 +78,8 @@ class Stages:
             reads = tuple(name for name in types if name in read[place] and name not in made)
             hands_on = tuple(name for name in made if name in later)
             looked_at = tuple(name for name in made if name in wanted)
-            if whole is not None and len(parts) == 1:
-                session, reads = whole, tuple(value.name for value in model.graph.input if value.name in types)
-            else:
-                cut = _part(model, _with_constants(model, nodes, part), reads, (*looked_at, *hands_on), types)
-                session = Session(cut, threads=threads)
+            cut = _part(model, _with_constants(model, nodes, part), reads, (*looked_at, *hands_on), types)
+            session = Session(cut, threads=threads)
             self._stages.append(_Stage(session, reads, looked_at, hands_on, frozenset(types) - later))
 
     def __len__(self) -> int:
@@ -98,6 +94,8 @@ class Stages:
         values = dict(feeds)
         for stage in self._stages:
             names = list(dict.fromkeys((*stage.measured, *stage.hands_on)))
+            if not names:
+                continue
             found = dict(zip(names, stage.session.run(names, {n: values[n] for n in stage.reads}, what), strict=True))
             values |= {name: found[name] for name in stage.hands_on}
             for name in stage.measured:

@@ -43,7 +43,7 @@ def stages(model, limit, monkeypatch):
     monkeypatch.setattr(calib.stages, "STAGE_BYTES", limit)
     types = dict.fromkeys(["x", "late", *"abcdefy"], "tensor(float)") | {"s": "tensor(int64)", "i": "tensor(int32)"}
     wanted = list("abcdefy")
-    return Stages(model, wanted, dict.fromkeys(wanted, 100), types, None, threads=1)
+    return Stages(model, wanted, dict.fromkeys(wanted, 100), types, threads=1)
 
 
 @pytest.mark.parametrize(("limit", "count"), [(1000, 1), (699, 2), (200, 4), (100, 7), (0, 7)])
