@@ -28,6 +28,7 @@ from relu_deploy.int8.fuse_groups import Labels
 from relu_deploy.int8.fuse_noise import Array, Numbers, noise
 from relu_deploy.int8.fuse_ranges import Extents, followed, scaled_bounds, scaled_ranges
 from relu_deploy.int8.fuse_rules import Labelling
+from relu_deploy.int8.fuse_shapes import sharp_shapes
 from relu_deploy.int8.fuse_terms import build_terms, free_channels
 from relu_deploy.report import PassReport, Skip
 
@@ -92,7 +93,8 @@ def fuse_channels(graph: gs.Graph, ranges: Ranges, number: NumberFormat, *, mode
     bounds = chosen_bounds(ranges, unsigned=number.unsigned)
     if mode == "off":
         return Fusion(ranges, bounds, FusionReport(mode, 0, 0, None, None, PassReport(_NAME)))
-    state = Labelling(graph)
+    with sharp_shapes(graph):
+        state = Labelling(graph)
     known, same = followed(graph, state, ranges, bounds)
     _pin_unfollowed(graph, state, ranges, known, same)
     roots, why = state.channels.settle()
