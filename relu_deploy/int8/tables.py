@@ -101,10 +101,10 @@ def stand_in(graph: gs.Graph, measured: Iterable[str]) -> tuple[Site, ...]:
     sites.sort(key=lambda site: order[site.name])
     tensors = graph.tensors()
     for site in sites:
-        for kept in site.nodes:
-            node = graph.nodes[order[kept.name]]
-            node.inputs.clear()
-            node.outputs.clear()
+        # The last node only: those before it may have other readers, and else are tidied away.
+        node = graph.nodes[order[site.name]]
+        node.inputs.clear()
+        node.outputs.clear()
         graph.nodes[order[site.name]] = gs.Node(
             STAND_IN, site.name, inputs=[tensors[site.source]], outputs=[tensors[site.result]], domain=ops.DOMAIN
         )
@@ -125,7 +125,7 @@ def take_back(graph: gs.Graph, sites: Sequence[Site], placement: Placement) -> t
         nodes[site.name].inputs.clear()
         nodes[site.name].outputs.clear()
         graph.nodes.remove(nodes[site.name])
-        graph.nodes.extend(kept.again() for kept in site.nodes)
+        graph.nodes.extend(kept.again() for kept in site.nodes if not any(t.inputs for t in kept.outputs))
     tidy(graph)
     return tuple(left)
 
