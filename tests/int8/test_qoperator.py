@@ -454,3 +454,20 @@ def test_an_identity_before_a_relu_costs_no_second_quantiser(measure):
     assert not in_a_row(table)
     feeds = {"x": np.random.default_rng(0).normal(size=(1, 2, 4, 4)).astype(np.float32)}
     assert_same_codes(quantized, integer, feeds, as_written=True)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "k = QuantizeLinear(d, many, zeros) y = DequantizeLinear(k, many, zeros)",
+        "r = Abs(t) k = QuantizeLinear(d, r, z) y = DequantizeLinear(k, r, z)",
+        "k = QuantizeLinear(d, t) y = DequantizeLinear(k, t)",
+    ],
+)
+def test_a_pair_of_quantisers_without_one_constant_scale_has_no_multiplier(body):
+    """A scale a channel, a computed one, and no zero point: said so, and no entry is made up."""
+    model = onnx.parser.parse_model(QDQ % ("f = QuantizeLinear(d, s, z) g = DequantizeLinear(f, s, z) " + body))
+    model.graph.node[-2].name = "pair"
+    table, _ = build_table(model)
+    assert "not constants of bytes" in table.other["pair"]
+    assert "pair" not in [entry.name for entry in table.entries]
