@@ -102,7 +102,7 @@ def read_entry(node: gs.Node) -> Entry | str | None:
 
 def _is_requantised(node: gs.Node) -> bool:
     """Whether a QuantizeLinear reads a DequantizeLinear: codes of one scale become codes of another."""
-    before = node.inputs[0].inputs if node.op == "QuantizeLinear" else ()
+    before: Sequence[gs.Node] = node.inputs[0].inputs if node.op == "QuantizeLinear" else ()
     return bool(before) and before[0].op == "DequantizeLinear"
 
 

@@ -459,9 +459,9 @@ def test_an_identity_before_a_relu_costs_no_second_quantiser(measure):
 @pytest.mark.parametrize(
     "body",
     [
-        "k = QuantizeLinear(d, many, zeros) y = DequantizeLinear(k, many, zeros)",
-        "r = Abs(t) k = QuantizeLinear(d, r, z) y = DequantizeLinear(k, r, z)",
-        "k = QuantizeLinear(d, t) y = DequantizeLinear(k, t)",
+        "k = QuantizeLinear(g, many, zeros) y = DequantizeLinear(k, many, zeros)",
+        "r = Abs(t) k = QuantizeLinear(g, r, z) y = DequantizeLinear(k, r, z)",
+        "k = QuantizeLinear(g, t) y = DequantizeLinear(k, t)",
     ],
 )
 def test_a_pair_of_quantisers_without_one_constant_scale_has_no_multiplier(body):
