@@ -68,12 +68,28 @@ class Placement:
         groups: Sets of tensor names that share one scale; only sets of two and more.
         layers: Every linear layer of the graph.
         constants: Names of nodes whose constant operand is quantised like an activation.
+        coded: ``ort``: names of the tensors that integer kernels make, so that no float of them exists.
     """
 
     uses: dict[str, frozenset[str] | None]
     groups: tuple[frozenset[str], ...]
     layers: tuple[Layer, ...]
     constants: frozenset[str] = frozenset()
+    coded: frozenset[str] = frozenset()
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """Names of the linear layers that become INT8."""
+        return frozenset(layer.name for layer in self.layers if layer.int8)
+
+    def takes_codes(self, node: gs.Node) -> bool:
+        """``ort``: whether a node reads the codes of what it reads, and not a float."""
+        if any(layer.name == node.name for layer in self.layers):
+            return node.name in self.chosen
+        # A ReLU behind an integer operator is the clipping of its quantiser.
+        clipped = [reader.outputs[0] for tensor in node.outputs for reader in tensor.outputs if is_clipping(reader)]
+        made = [tensor.name for tensor in (*node.outputs, *clipped) if tensor.name in self.uses]
+        return bool(made) and (node.op in MOVING_OPS or node.op == "Concat" or any(n in self.coded for n in made))
 
 
 def place(
@@ -181,14 +197,14 @@ def _why_float(node: gs.Node, known: set[str], number: NumberFormat) -> str:
         )
     if isinstance(data, gs.Constant):
         return "its left operand is the constant one"
-    if data.name not in known:
-        return f"its input {data.name} has no range"
     if weight.values.dtype not in (np.float32, np.float16):
         return f"its weights are {weight.values.dtype}"
     if number.unsigned and weight.values.dtype == np.float16:
         return "ONNX Runtime's integer kernels give float32, not float16: export the network in float32"
     if node.op == "ConvTranspose" and number.target in _FLOAT_CONV_TRANSPOSE:
         return _FLOAT_CONV_TRANSPOSE[number.target]
+    if data.name not in known:
+        return f"its input {data.name} has no range"
     if node.op == "Gemm" and number.unsigned and node.attrs.get("transA", 0):
         return "ONNX Runtime has no integer Gemm with transA"
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -208,8 +224,8 @@ def _is_row(shape: tuple[int, ...], gemm: gs.Node) -> bool:
 class _Wanted:
     """Tensors to quantise, and the pairs that must share a scale, while they are being found."""
 
-    def __init__(self, graph: gs.Graph, known: set[str]) -> None:
-        self.graph, self.known = graph, known
+    def __init__(self, graph: gs.Graph, known: set[str], coded: set[str]) -> None:
+        self.graph, self.known, self.coded = graph, known, coded
         self.names: dict[str, gs.Variable] = {}
         self.pairs: list[tuple[str, str]] = []
         self.constants: set[str] = set()
@@ -252,8 +268,8 @@ class _Wanted:
         elif node.op in INTEGER_OPS:
             live = [t for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty()]
             constant = any(isinstance(t, gs.Constant) for t in node.inputs)
-            if constant and _follows_matmul(live):
-                return  # its bias: the integer matrix product gives float, and the sum stays there
+            if node.op != "Concat" and output.name not in self.coded:
+                return  # computed in float from what is float anyway
             if all(t.name in self.known for t in live) and _float_constants(node):
                 for tensor in live:
                     self.add(tensor)
@@ -262,7 +278,8 @@ class _Wanted:
 
 
 def _place_ort(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple[Layer, ...]) -> Placement:
-    wanted = _Wanted(graph, known)
+    coded = _coded(graph, known, chosen)
+    wanted = _Wanted(graph, known, coded)
     for node in graph.nodes:
         if node.name in chosen:
             wanted.add(node.inputs[0])
@@ -272,17 +289,67 @@ def _place_ort(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple
     wanted.spread()
     for node in graph.nodes:
         live = [t for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty()]
-        if node.op in TAIL_OPS and live and all(t.name in wanted.names for t in live) and _float_constants(node):
+        if (
+            node.op in TAIL_OPS
+            and live
+            and all(t.name in wanted.names and t.name in coded for t in live)
+            and _float_constants(node)
+        ):
             if node.op == "MaxPool":
                 wanted.pairs.append((live[0].name, node.outputs[0].name))
             if wanted.add(node.outputs[0]) and any(isinstance(t, gs.Constant) for t in node.inputs):
                 wanted.constants.add(node.name)
-    return Placement(
+    placed = Placement(
         dict.fromkeys(wanted.names),
         _merge(pair for pair in wanted.pairs if pair[0] in wanted.names and pair[1] in wanted.names),
         layers,
         frozenset(wanted.constants - {n.name for n in graph.nodes if n.op == "Clip"}),
+        frozenset(coded),
     )
+    readers = {name: _code_readers(tensor, placed, graph) for name, tensor in wanted.names.items()}
+    return dataclasses.replace(placed, uses=readers)
+
+
+def _coded(graph: gs.Graph, known: set[str], chosen: set[str]) -> set[str]:
+    """Names of the tensors that exist as codes without a quantiser of their own: inputs, and what integer kernels make.
+
+    An operator that has an integer kernel uses it where all it reads is in codes. One that reads a float (what a
+    HardSwish, a LayerNormalization or a gate makes) is computed in float, and so is all behind it up to the next layer:
+    every quantiser between two float operators would add noise and save no work.
+    """
+    coded = {tensor.name for tensor in graph.inputs}
+    for node in graph.nodes:
+        live = [t for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty()]
+        constant = len(live) < len(node.inputs)
+        if node.name in chosen:
+            summed = any(_adds_constant(reader, node) for reader in node.outputs[0].outputs)
+            own = node.op == "Conv" or not summed or _becomes_float_gemm(node)
+        elif node.op in MOVING_OPS:
+            own = bool(live) and live[0].name in coded
+        else:
+            kernel = node.op in (*INTEGER_OPS, "Softmax", STAND_IN) or is_clipping(node)
+            in_codes = bool(live) and all(t.name in coded for t in live)
+            own = kernel and in_codes and not (constant and _follows_matmul(live))
+        if own and all(t.name in known for t in live):
+            coded.update(output.name for output in node.outputs if output.name in known)
+    return coded
+
+
+def _adds_constant(reader: gs.Node, product: gs.Node) -> bool:
+    """Whether a node adds the bias of a matrix product, whose integer kernel gives float: the sum stays there."""
+    return reader.op == "Add" and product.op == "MatMul" and any(isinstance(t, gs.Constant) for t in reader.inputs)
+
+
+def _code_readers(tensor: gs.Variable, placed: Placement, graph: gs.Graph) -> frozenset[str] | None:
+    """Who reads the INT8 form of a tensor: None, everybody, where codes are all there is of it.
+
+    Where a float exists, operators that compute in float read that.
+    """
+    if tensor.name in placed.coded:
+        return None
+    readers = [node for node in tensor.outputs if placed.takes_codes(node)]
+    everybody = len(readers) == len(tensor.outputs) and not any(tensor is output for output in graph.outputs)
+    return None if everybody else frozenset(node.name for node in readers)
 
 
 def _place_tensorrt(

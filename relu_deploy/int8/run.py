@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -14,6 +14,8 @@ from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
 from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.fuse import FusionReport, fuse_channels
+from relu_deploy.int8.islands import Evened, channels_of, even_islands
+from relu_deploy.int8.islands_spell import shorten_islands
 from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.lower_pools import spell_average_pools
@@ -34,6 +36,7 @@ from relu_deploy.passes.pwlu import Bound, fold_pwlu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
 from relu_deploy.passes.recognise import recognise_pwlu
 from relu_deploy.passes.run import inline_functions
+from relu_deploy.report import PassReport
 
 # The first opset with per-channel QuantizeLinear and DequantizeLinear, and the first with float16 ones.
 _PER_CHANNEL_OPSET = 13
@@ -55,6 +58,7 @@ class QuantReport:
         warnings: What a user should know before trusting the file.
         folded: Activation without a kernel of its own -> the form that it got.
         fusion: Channels that were scaled so that one scale fits all.
+        islands: Tensors at the shores of float islands whose channels were scaled, and those that were not.
         integer: The form in integer operators and its multipliers, where they were asked for.
     """
 
@@ -68,6 +72,7 @@ class QuantReport:
     warnings: tuple[str, ...]
     folded: dict[str, str] = dataclasses.field(default_factory=dict)
     fusion: FusionReport | None = None
+    islands: PassReport | None = None
     integer: IntegerReport | None = None
 
     @property
@@ -136,10 +141,17 @@ def quantize(
     if number.unsigned:
         bounds = respect_softmax(graph, bounds)
     recognise_pwlu(graph, for_file=False)
+    if number.unsigned:
+        shorten_islands(graph)
     files.tidy(graph)
     learned = {node.outputs[0].name for node in graph.nodes if is_pwlu(node)}
     folded = _fold_learned(graph, bounds, number, learned)
     sites = stand_in(graph, bounds) if number.unsigned else ()
+    evened = None
+    if number.unsigned:
+        sites = take_back(graph, sites, place(graph, bounds, number, keep_float=keep_float))
+        if channel_fusion != "off":
+            evened = _even(graph, fusion.ranges, aliases, bounds, number, keep_float)
     placement = place(graph, bounds, number, keep_float=keep_float)
     if not number.unsigned:
         placement = with_pooled(graph, placement, learned, bounds)
@@ -155,7 +167,23 @@ def quantize(
     files.check_model(quantized, "the quantised model")
     folded |= dynamic
     report = _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings), folded)
-    return quantized, dataclasses.replace(report, fusion=fusion.report)
+    return quantized, dataclasses.replace(
+        report, fusion=fusion.report, islands=None if evened is None else evened.report
+    )
+
+
+def _even(
+    graph: gs.Graph, ranges: Ranges, aliases: Mapping[str, str], bounds: dict[str, tuple[float, float]],
+    number: NumberFormat, keep_float: Iterable[str],
+) -> Evened:  # fmt: skip
+    """Even out the channels on the shores of float islands."""
+    channels = {
+        name: seen
+        for name, measured in ranges.tensors.items()
+        if (seen := channels_of(measured, ranges.samples)) is not None
+    }
+    channels |= {new: channels[old] for new, old in aliases.items() if old in channels}
+    return even_islands(graph, place(graph, bounds, number, keep_float=keep_float), channels, bounds, number)
 
 
 def _fold_learned(

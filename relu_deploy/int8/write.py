@@ -62,7 +62,8 @@ def write(
     tensors = graph.tensors()
     for name, readers in placement.uses.items():
         qparams = written.activations[name]
-        source = _without_clipping(tensors[name], qparams, written) if number.unsigned else tensors[name]
+        clips = number.unsigned and readers is None
+        source = _without_clipping(tensors[name], qparams, written) if clips else tensors[name]
         _wrap(graph, tensors[name], source, qparams, readers)
     for name in sorted(placement.constants):
         _quantize_constants(graph, nodes[name], number)

@@ -33,11 +33,12 @@ _CURVED = (
 )  # fmt: skip
 
 
-def fold_affine(graph: gs.Graph) -> PassReport:
+def fold_affine(graph: gs.Graph, *, into_curved: bool = False) -> PassReport:
     """Fold per-channel arithmetic with constants into the Conv, ConvTranspose, Gemm or MatMul that alone feeds it.
 
     Args:
         graph: Sorted topologically; edited in place. Weights that other nodes share are copied, never changed.
+        into_curved: Also take a scalar from in front of a curved function, where nobody has to recognise it any more.
 
     Returns:
         Changed: the folded nodes. Skipped: those behind a layer that stay, with reasons.
@@ -46,7 +47,9 @@ def fold_affine(graph: gs.Graph) -> PassReport:
     skipped: list[Skip] = []
     pinned, names = pinned_names(graph), Names(graph)
     for node in graph.nodes:
-        if not is_standard(node, "Add", "Sub", "Mul", "Div") or (position := _live(node)) is None:
+        if not is_standard(node, "Add", "Sub", "Mul", "Div"):
+            continue
+        if (position := _live(node, into_curved=into_curved)) is None:
             continue
         try:
             layer = layer_of(node.inputs[position], pinned)
@@ -60,11 +63,11 @@ def fold_affine(graph: gs.Graph) -> PassReport:
     return PassReport("fold_affine", tuple(changed), tuple(skipped))
 
 
-def _live(node: gs.Node) -> int | None:
+def _live(node: gs.Node, *, into_curved: bool) -> int | None:
     """Position of the one live input beside a constant; None also for what belongs where it is."""
     stored = [float_values(tensor) for tensor in node.inputs]
     constants = [values for values in stored if values is not None]
-    if len(stored) != 2 or len(constants) != 1 or _starts_activation(node, constants[0]):
+    if len(stored) != 2 or len(constants) != 1 or (not into_curved and _starts_activation(node, constants[0])):
         return None
     position = 0 if stored[0] is None else 1
     product = producer_of(node.inputs[position])

@@ -72,7 +72,11 @@ def assert_same_codes(quantized, integer, feeds, *, as_written: bool, merge: boo
         for optimise in (True, False) if as_written else (True,):
             found = session(second, optimise=optimise, merge=merge).run(names, feeds)
             for name, ours, theirs in zip(names, found, wanted, strict=True):
-                assert np.array_equal(ours, theirs), (name, optimise, np.sum(ours != theirs))
+                if ours.dtype == np.float32 and not as_written:
+                    # Floats between codes and an output are fused in other ways: a few units in the last place.
+                    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=name)
+                else:
+                    assert np.array_equal(ours, theirs), (name, optimise, np.sum(ours != theirs))
                 compared += ours.size
     return compared
 
