@@ -136,7 +136,7 @@ def load(path: Path, *, kind: str = FORMAT) -> Ranges:
         raise RangesError(f"{path} is not a whole ranges file: {error.message}", hint="calibrate again") from error
     if not isinstance(value, dict) or value.get("format") != kind:
         raise RangesError(f"{path} is not a ranges file", hint="make one with: relu-deploy calibrate")
-    if value.get("version") not in range(1, FORMAT_VERSION + 1):
+    if type(value.get("version")) is not int or value["version"] not in range(1, FORMAT_VERSION + 1):
         raise RangesError(
             f"{path} has format version {value.get('version')!r}; this program reads 1 to {FORMAT_VERSION}",
             hint="calibrate again, or update the program that reads it",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from calib.errors import FileError, RangesError
 from calib.fingerprint import model_fingerprint
+from calib.histogram import CHANNEL_BITS, histogram_of
 from calib.merge import merge
 from calib.ranges import EMPTY, Ranges, TensorRange, check_fresh, load, save
 
@@ -37,6 +38,52 @@ def test_round_trip_is_exact(rows, tmp_path_factory):
     after = load(path)
     assert after == before
     assert after.tensors['t/é "q"'].channel_max.dtype == np.float32
+
+
+def counted(rows, **more):
+    values = np.array(rows, np.float32)
+    channels = tuple(histogram_of(row, bits=CHANNEL_BITS) for row in values)
+    return dataclasses.replace(tensor(*rows), histogram=histogram_of(values), channel_histograms=channels, **more)
+
+
+@given(rows=st.lists(st.tuples(FLOATS, FLOATS, FLOATS), min_size=1, max_size=9))
+def test_round_trip_of_histograms_and_settings_is_exact(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("r") / "r.json"
+    bare = dataclasses.replace(counted(rows), axis=None, channel_min=None, channel_max=None, channel_histograms=None)
+    before = dataclasses.replace(
+        ranges({"x": counted(rows), "s": bare}),
+        method="percentile",
+        percentile=99.5,
+        channels=True,
+        sketch=("0a", "f1"),
+    )
+    save(before, path)
+    assert load(path) == before
+
+
+VERSION_1 = """{
+  "format": "calib-ranges",
+  "version": 1,
+  "model": "%s",
+  "data": "%s",
+  "settings": {"method": "max", "samples": 3},
+  "versions": {"onnx": "1.23.2", "onnxruntime": "1.31.1"},
+  "skipped": {"m": "it holds -inf as an attention mask"},
+  "tensors": {
+    "x": {"min": -0.1, "max": 3.0, "dtype": "float32", "count": 3, "axis": 1,
+          "channel_min": [-0.1, 0.0], "channel_max": [1.0, 3.0]},
+    "s": {"min": 0.0, "max": 1.0, "dtype": "float16", "count": 3}
+  }
+}
+"""
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    (tmp_path / "r.json").write_text(VERSION_1 % (A, B))
+    found = load(tmp_path / "r.json")
+    assert found.tensors["x"] == tensor([-0.1, 1], [0, 3], count=3)
+    assert (found.method, found.samples, found.percentile, found.channels, found.sketch) == ("max", 3, None, False, ())
+    assert found.skipped == {"m": "it holds -inf as an attention mask"}
 
 
 def test_the_file_has_a_line_a_tensor_and_short_numbers(tmp_path):
@@ -114,6 +161,37 @@ def test_damage_is_named(tmp_path, change, message):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_edit(*X, "histogram", to=[]), "histogram that contradicts its min and max"),
+        (_edit(*X, "histogram", to=[[1]]), "a run that is no list of whole numbers"),
+        (_edit(*X, "histogram", to=[[1, 1]]), "contradicts its min and max"),
+        (_edit(*X, "histogram", to=[[0, -1]]), "bins or counts that cannot be"),
+        (_edit(*X, "histogram", to=5), "is damaged"),
+        (_edit(*X, "channel_histograms", to=[]), "is damaged"),
+        (_edit(*X, "channel_histograms", 0, to=[[0, 1]]), "contradicts its min and max"),
+        (_edit("settings", "percentile", to=101), "percentile is 101"),
+        (_edit("settings", "percentile", to="99"), "percentile is '99'"),
+        (_edit("settings", "percentile", drop=True), "'percentile' is missing"),
+        (_edit("settings", "samples", to=0), "samples is 0"),
+        (_edit("version", to=3), "format version 3; this program reads 1 to 2"),
+        (_edit("version", to=True), "format version True"),
+        (_edit("sketch", to=7), "is damaged"),
+    ],
+)
+def test_damage_of_histograms_is_named(tmp_path, change, message):
+    path = tmp_path / "r.json"
+    whole = dataclasses.replace(ranges({"x": counted([[0, 1], [-2, 3]])}), method="percentile", percentile=99.5)
+    save(whole, path)
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    with pytest.raises(RangesError) as caught:
+        load(path)
+    assert message in str(caught.value)
+
+
 def test_what_is_no_ranges_file_at_all(tmp_path):
     with pytest.raises(FileError, match="does not exist"):
         load(tmp_path / "absent.json")
@@ -168,6 +246,13 @@ def test_merge_drops_what_one_shard_could_not_measure():
 def test_merge_drops_channels_that_disagree():
     joined = merge(ranges({"x": tensor([0, 1], [2, 3])}), ranges({"x": tensor([4, 5])})).tensors["x"]
     assert (joined.min, joined.max, joined.axis, joined.channel_min) == (0, 5, None, None)
+
+
+@given(st.lists(st.lists(st.tuples(FLOATS, FLOATS), min_size=2, max_size=2), min_size=1, max_size=4))
+def test_merged_counts_are_those_of_all_values(shards):
+    joined = merge(*(ranges({"x": counted(rows)}) for rows in shards)).tensors["x"]
+    together = np.concatenate([np.array(rows, np.float32) for rows in shards], axis=1)
+    assert joined == counted(together, count=len(shards))
 
 
 def test_merge_refuses_other_networks():
