@@ -34,10 +34,11 @@ class Int8Plan:
         batch_size: Samples a run, where the batch axis is dynamic.
         weight_bits: 8 or 7; None: what this CPU multiplies without saturating.
         keep_float: Linear layers to leave in float.
-        weight_granularity: A weight scale for each output ``channel``, or one for each ``tensor``.
+        weight_granularity: A weight scale for each output ``channel`` or one for a ``tensor``; ``auto``: what pays.
         channel_fusion: ``pow2``, ``free`` or ``off``.
         method: How a range is chosen from what ``source`` gives, one of :data:`calib.options.METHODS`.
         percentile: Of the method of that name.
+        float_part: What is left in float computes in ``fp32`` or ``fp16``; ``auto``: what suits the target.
     """
 
     source: Source | None = None
@@ -46,10 +47,11 @@ class Int8Plan:
     batch_size: int = 1
     weight_bits: int | None = None
     keep_float: tuple[str, ...] = ()
-    weight_granularity: str = "channel"
+    weight_granularity: str = "auto"
     channel_fusion: str = "pow2"
     method: str = "max"
     percentile: float | None = None
+    float_part: str = "auto"
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.ranges is None):
@@ -141,7 +143,7 @@ def build_engine(
         network, quant_report = quantize(
             rewritten, ranges, target=config.target, weight_bits=int8.weight_bits, keep_float=int8.keep_float,
             check_ranges=False, extra_warnings=_card_warnings(config),
-            weight_granularity=int8.weight_granularity, channel_fusion=int8.channel_fusion,
+            weight_granularity=int8.weight_granularity, float_part=int8.float_part, channel_fusion=int8.channel_fusion,
         )  # fmt: skip
     drift: tuple[OutputDrift, ...] = ()
     if int8 is not None and int8.source is not None:

@@ -91,7 +91,7 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
     samples: int | None, batch_size: int, method: str, percentile: float | None, ranges: Path | None, weight_bits: str,
-    weight_granularity: str, channel_fusion: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
+    weight_granularity: str, float_part: str, channel_fusion: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
     shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, require_int8: bool,
     log: Path | None, keep: Path | None, json_path: str | None,
 ) -> None:  # fmt: skip
@@ -138,6 +138,7 @@ def command(
             channel_fusion,
             method,
             percentile,
+            float_part,
         )
     with progress_bar() as progress:
         built = build_engine(network, output, config, int8=plan, keep=keep, progress=progress)

@@ -9,7 +9,7 @@ import click
 
 
 def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--weight-bits``, ``--channel-fusion``, ``--weight-granularity`` and ``--keep-float``."""
+    """Add ``--weight-bits``, ``--channel-fusion``, ``--weight-granularity``, ``--float-part`` and ``--keep-float``."""
     function = click.option(
         "--keep-float",
         multiple=True,
@@ -17,9 +17,14 @@ def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Leave this linear layer in float; may be given several times.",
     )(function)
     function = click.option(
-        "--weight-granularity", type=click.Choice(["channel", "tensor"]), default="channel", show_default=True,
+        "--weight-granularity", type=click.Choice(["auto", "channel", "tensor"]), default="auto", show_default=True,
         help="A weight scale for each output channel, or one for a layer: less precise, but tensorrt-rtx then fuses "
-        "bias and ReLU into its int8 convolutions.",
+        "bias and ReLU into its int8 convolutions. auto: the second there, for layers that lose little by it.",
+    )(function)  # fmt: skip
+    function = click.option(
+        "--float-part", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True,
+        help="What is left in float computes in this type; inputs and outputs stay float32. auto: fp16 for TensorRT, "
+        "where values fit; fp32 for ort.",
     )(function)  # fmt: skip
     function = click.option(
         "--channel-fusion", type=click.Choice(["pow2", "free", "off"]), default="pow2", show_default=True,

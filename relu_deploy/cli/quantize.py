@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from relu_deploy.int8.fuse import FusionReport
     from relu_deploy.int8.run import QuantReport
 
-_GRAIN = {"channel": "channel", "tensor": "layer"}
+_GRAIN = {"channel": "channel", "tensor": "layer", "auto": "layer or channel"}
 
 
 @click.command(
@@ -44,6 +44,7 @@ def command(
     output: Path,
     weight_bits: str,
     weight_granularity: str,
+    float_part: str,
     channel_fusion: str,
     keep_float: tuple[str, ...],
     form: str,
@@ -53,8 +54,8 @@ def command(
     """Quantise MODEL to INT8 with Q/DQ in the number format of the target.
 
     ort gets uint8 activations (zero point 0 behind a ReLU, which the quantiser then replaces), int8 weights per
-    output channel and int32 biases. tensorrt-rtx and tensorrt get int8 symmetric activations, int8 weights per output
-    channel, float biases.
+    output channel and int32 biases. tensorrt-rtx and tensorrt get int8 symmetric activations, int8 weights, biases in
+    float, and float16 for what is left in float.
 
     \b
     Example:
@@ -74,6 +75,7 @@ def command(
         target=target,
         weight_bits=parse_weight_bits(weight_bits),
         weight_granularity=weight_granularity,
+        float_part=float_part,
         channel_fusion=channel_fusion,
         keep_float=keep_float,
     )
@@ -112,6 +114,14 @@ def fusion_line(fusion: FusionReport) -> str:
     return f"channel fusion ({fusion.mode}): {fusion.channels} channels of {layers} layers scaled to fill their range"
 
 
+def _float_part(report: QuantReport) -> str:
+    """What became float16, and what did not, for the summary."""
+    if report.float_part == "fp32":
+        return ""
+    kept = 0 if report.half is None else len(report.half.skipped)
+    return "the rest in float16" + (f" but for {kept} nodes, " if kept else ", ")
+
+
 def summary(report: QuantReport) -> str:
     """One line: how many layers, tensors and activations became what."""
     # Only an unsigned format has a lowest code of 0.0, which clips as a ReLU does.
@@ -119,5 +129,5 @@ def summary(report: QuantReport) -> str:
     return (
         f"{report.target}: {report.int8_layers} of {len(report.layers)} linear layers int8, "
         f"{report.weight_bits}-bit weights with a scale for each {_GRAIN[report.weight_granularity]}, "
-        f"{len(report.activations)} tensors quantised, {dropped}opset {report.opset}"
+        f"{len(report.activations)} tensors quantised, {dropped}{_float_part(report)}opset {report.opset}"
     )

@@ -24,7 +24,8 @@ from relu_deploy.errors import QuantizationError
 from relu_deploy.machine import lacks_vnni
 from relu_deploy.targets import TARGETS, Target
 
-Granularity = Literal["channel", "tensor"]
+Granularity = Literal["channel", "tensor", "auto"]
+FloatPart = Literal["fp32", "fp16"]
 
 # The scale of weights that are all zero. Any positive number will do, since their only code is 0; a scale of 0 would be
 # a division by zero in every runtime (TensorRT#2498).
@@ -35,6 +36,9 @@ DEAD_ACTIVATION_SCALE = 2.0**-12
 # Scales below this are subnormal or close to it when multiplied (s_x s_w), and flush to zero in some kernels.
 SMALLEST_SCALE = 2.0**-60
 _INT32_MAX = (1 << 31) - 1
+# Float16 scales of activations are normal numbers of which 128 steps do not overflow; weights may go lower, to where
+# rounding is still under 1 %, since their codes are made for the rounded scale.
+_HALF_NORMAL, _HALF_STEP, _HALF_LARGEST = 2.0**-14, 2.0**-24 * 50, 65504.0 / 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,9 @@ class NumberFormat:
         unsigned: uint8 activations with a zero point; else int8 symmetric.
         weight_bits: 8, or 7 for x86 CPUs without VNNI: see :func:`number_format`.
         integer_bias: int32 bias with scale s_x s_w; else the bias stays float.
-        weight_granularity: One weight scale for each output ``channel``, or one for a whole weight ``tensor``.
+        weight_granularity: One weight scale for each output ``channel``, or one for a whole weight ``tensor``, or
+            (``auto``) what pays on the target, layer by layer: :mod:`relu_deploy.int8.granularity`.
+        float_part: What is left in float computes in ``fp32`` or ``fp16``.
     """
 
     target: Target
@@ -54,6 +60,17 @@ class NumberFormat:
     weight_bits: int
     integer_bias: bool
     weight_granularity: Granularity = "channel"
+    float_part: FloatPart = "fp32"
+
+    @property
+    def half(self) -> bool:
+        """Whether scales are to be numbers that float16 holds."""
+        return self.float_part == "fp16"
+
+    @property
+    def merges(self) -> bool:
+        """Whether siblings are merged: where it was measured to pay, in float16 networks for TensorRT-RTX."""
+        return self.target == "tensorrt-rtx" and self.half
 
     @property
     def weight_max(self) -> int:
@@ -86,7 +103,9 @@ class QParams:
         return self.scale * ((255 if self.dtype == "uint8" else 127) - self.zero_point)
 
 
-def number_format(target: str, *, weight_bits: int = 8, weight_granularity: str = "channel") -> NumberFormat:
+def number_format(
+    target: str, *, weight_bits: int = 8, weight_granularity: str = "channel", float_part: str = "fp32"
+) -> NumberFormat:
     """The format of a target.
 
     Args:
@@ -96,9 +115,12 @@ def number_format(target: str, *, weight_bits: int = 8, weight_granularity: str 
             half a bit of weight precision on average and never saturate. Only ``ort`` runs on such CPUs.
         weight_granularity: ``channel`` keeps more precision. ``tensor`` lets the TensorRT-RTX compiler fuse bias and
             ReLU into its int8 convolutions and write the graph's own type: docs/placement.md has the measurement.
+            ``auto`` does that where little is lost; for ``ort`` and ``tensorrt`` it is ``channel``.
+        float_part: ``fp32`` or ``fp16``; ``auto`` is ``fp16`` for the TensorRT targets and ``fp32`` for ``ort``.
 
     Raises:
-        QuantizationError: unknown target or granularity, or a width other than 7 and 8.
+        QuantizationError: unknown target, granularity or float part, a width other than 7 and 8, or ``fp16`` for
+            ``ort``.
 
     >>> number_format("ort").weight_max, number_format("ort", weight_bits=7).weight_max
     (127, 63)
@@ -107,13 +129,23 @@ def number_format(target: str, *, weight_bits: int = 8, weight_granularity: str 
         raise QuantizationError(
             f"weights of {weight_bits} bits are not supported", hint="use 8, or 7 for CPUs without VNNI"
         )
-    if weight_granularity not in ("channel", "tensor"):
-        raise QuantizationError(f"unknown weight granularity {weight_granularity!r}", hint="channel or tensor")
+    if weight_granularity not in ("channel", "tensor", "auto"):
+        raise QuantizationError(f"unknown weight granularity {weight_granularity!r}", hint="channel, tensor or auto")
+    if float_part not in ("fp32", "fp16", "auto"):
+        raise QuantizationError(f"unknown float part {float_part!r}", hint="fp32, fp16 or auto")
+    if float_part == "fp16" and target == "ort":
+        raise QuantizationError(
+            "for ort the float part cannot be float16: the integer kernels of ONNX Runtime give float32",
+            hint="leave it at auto, or quantise for a TensorRT target",
+        )
+    floats: FloatPart = "fp32" if target == "ort" or float_part == "fp32" else "fp16"
     granularity: Granularity = "tensor" if weight_granularity == "tensor" else "channel"
+    if weight_granularity == "auto" and target == "tensorrt-rtx" and floats == "fp16":
+        granularity = "auto"
     for known in TARGETS:
         if target == known:
             on_cpu = known == "ort"
-            return NumberFormat(known, on_cpu, weight_bits if on_cpu else 8, on_cpu, granularity)
+            return NumberFormat(known, on_cpu, weight_bits if on_cpu else 8, on_cpu, granularity, floats)
     raise QuantizationError(f"unknown target {target!r}", hint=f"one of {', '.join(TARGETS)}")
 
 
@@ -154,7 +186,7 @@ def activation_qparams(low: float, high: float, number: NumberFormat) -> QParams
         scale = _usable((high - low) / 255)
         zero_point = int(np.clip(np.rint(-low / scale), 0, 255))
         return QParams(scale, zero_point, "uint8")
-    return QParams(_usable(max(-low, high) / 127), 0, "int8")
+    return QParams(_usable(max(-low, high) / 127, half=number.half), 0, "int8")
 
 
 def weight_scales(weight: npt.NDArray[np.floating], axis: int | None, weight_max: int) -> npt.NDArray[np.float32]:
@@ -219,8 +251,22 @@ def quantize_symmetric(
     return np.clip(np.rint(divided), -limit, limit).astype(np.int64)
 
 
-def _usable(scale: float) -> float:
-    """A float32 scale that is positive: dead tensors get ``DEAD_ACTIVATION_SCALE``, subnormal ones the smallest."""
+def half_scales(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Weight scales as float16 holds them, as float32; those that are too small for it grow to the smallest usable one.
+
+    >>> float(half_scales(np.float32([0.1, 1e-9]))[1]) == 2.0**-24 * 50
+    True
+    """
+    return np.asarray(np.maximum(scales, _HALF_STEP), np.float16).astype(np.float32)
+
+
+def _usable(scale: float, *, half: bool = False) -> float:
+    """A float32 scale that is positive: dead tensors get ``DEAD_ACTIVATION_SCALE``, subnormal ones the smallest.
+
+    With ``half`` it is a float16 number too, unless it is too large or too small to be one; such a tensor's Q/DQ stay
+    in float32.
+    """
     if scale == 0:
         return DEAD_ACTIVATION_SCALE
-    return float(np.float32(max(scale, SMALLEST_SCALE)))
+    usable = float(np.float32(max(scale, SMALLEST_SCALE)))
+    return float(np.float16(usable)) if half and _HALF_NORMAL <= usable <= _HALF_LARGEST else usable

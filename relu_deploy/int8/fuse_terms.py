@@ -14,6 +14,7 @@ from relu_deploy.int8.formats import NumberFormat
 from relu_deploy.int8.fuse_noise import Array, Numbers, Product, Span
 from relu_deploy.int8.fuse_ranges import Extents
 from relu_deploy.int8.fuse_rules import Labelling, LinearUse
+from relu_deploy.int8.granularity import may_share
 from relu_deploy.int8.place import MOVING_OPS, place
 from relu_deploy.passes.edit import dims, int_values
 
@@ -123,7 +124,7 @@ def _moment(counts: Histogram) -> float:
 def _product(layer: LinearUse, ranges: Ranges, number: NumberFormat, numbers: Numbers, weight: Array) -> Product:
     positions = layer.weight.shape[2]
     # A constant factor is rounded with one step whatever the weights of layers have.
-    shared = number.weight_granularity == "tensor" or layer.node.op == "Mul"
+    shared = may_share(layer.node, number) or layer.node.op == "Mul"
     return Product(
         numbers[layer.inputs], numbers[layer.outputs],
         np.abs(layer.weight).astype(np.float64).max(axis=2), positions * _energy(layer, ranges),

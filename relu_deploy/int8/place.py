@@ -12,12 +12,14 @@ Two rules, because two kinds of runtime read the result:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from relu_deploy.int8.formats import NumberFormat
+from relu_deploy.int8.granularity import shares_scale
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 RECURRENT_OPS = ("LSTM", "GRU", "RNN")
@@ -93,8 +95,9 @@ class Placement:
 
 
 def place(
-    graph: gs.Graph, measured: Iterable[str], number: NumberFormat, *, keep_float: Iterable[str] = ()
-) -> Placement:
+    graph: gs.Graph, measured: Iterable[str], number: NumberFormat, *, keep_float: Iterable[str] = (),
+    half: Mapping[str, str] = MappingProxyType({}), splits: Iterable[str] = (),
+) -> Placement:  # fmt: skip
     """Decide where INT8 goes.
 
     Args:
@@ -102,14 +105,16 @@ def place(
         measured: Names of the tensors that have a range.
         number: The target's format.
         keep_float: Names of linear layers that the user wants left alone.
+        half: Layer -> why it is left in float16, from :mod:`relu_deploy.int8.cheaper`.
+        splits: Names of the nodes that cut up what siblings, merged to one layer, give.
     """
-    known, kept = set(measured), set(keep_float)
+    known, kept = set(measured), dict.fromkeys(keep_float, "kept in float on request") | dict(half)
     layers = tuple(_judge(node, known, kept, number) for node in graph.nodes if node.op in LINEAR_OPS)
     layers += tuple(_float_layers(graph))
     chosen = {layer.name for layer in layers if layer.int8}
     if number.unsigned:
         return _place_ort(graph, known, chosen, layers)
-    return _place_tensorrt(graph, known, chosen, layers, number)
+    return _before_splits(graph, _place_tensorrt(graph, known, chosen, layers, number), set(splits), known)
 
 
 def with_pooled(graph: gs.Graph, placement: Placement, outputs: Iterable[str], measured: Iterable[str]) -> Placement:
@@ -170,10 +175,8 @@ def clip_bounds(node: gs.Node) -> tuple[float | None, float | None]:
     return bounds[0], bounds[1]
 
 
-def _judge(node: gs.Node, known: set[str], kept: set[str], number: NumberFormat) -> Layer:
-    reason = _why_float(node, known, number)
-    if not reason and node.name in kept:
-        reason = "kept in float on request"
+def _judge(node: gs.Node, known: set[str], kept: Mapping[str, str], number: NumberFormat) -> Layer:
+    reason = _why_float(node, known, number) or kept.get(node.name, "")
     return Layer(node.name, node.op, not reason, reason)
 
 
@@ -367,6 +370,26 @@ def _place_tensorrt(
     return Placement({name: frozenset(nodes) for name, nodes in uses.items()}, (), layers)
 
 
+def _before_splits(graph: gs.Graph, placement: Placement, splits: set[str], known: set[str]) -> Placement:
+    """Quantise what siblings give as a whole, before it is cut up, where all parts are wanted as codes.
+
+    One kernel then quantises and cuts; behind the cut it would be one for each part, all of which read the whole.
+    """
+    uses = dict(placement.uses)
+    for node in graph.nodes:
+        whole = node.inputs[0].name if node.name in splits else ""
+        if whole in known and all(_wanted_as_codes(part, uses) for part in node.outputs):
+            uses[whole] = (uses.get(whole) or frozenset()) | {node.name}
+            for part in node.outputs:
+                uses.pop(part.name, None)
+    return dataclasses.replace(placement, uses=uses)
+
+
+def _wanted_as_codes(part: gs.Variable, uses: Mapping[str, frozenset[str] | None]) -> bool:
+    """Whether a layer reads a tensor as codes, at once or as a part of a concatenation."""
+    return part.name in uses or any(r.op == "Concat" and r.outputs[0].name in uses for r in part.outputs)
+
+
 def _residual_operands(
     node: gs.Node, chosen: set[str], order: dict[int, int], number: NumberFormat
 ) -> list[gs.Variable]:
@@ -377,7 +400,8 @@ def _residual_operands(
     """
     if node.op != "Add" or (shortcut := _shortcut(node, chosen, order)) is None:
         return []
-    return [shortcut] if number.weight_granularity == "channel" else list(node.inputs)
+    main = next(t for t in node.inputs if t is not shortcut)
+    return list(node.inputs) if shares_scale(main.inputs[0], number) else [shortcut]
 
 
 def _shortcut(node: gs.Node, chosen: set[str], order: dict[int, int]) -> gs.Variable | None:

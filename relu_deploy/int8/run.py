@@ -11,9 +11,11 @@ import onnx_graphsurgeon as gs
 from calib.model import first_quantized
 from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
-from relu_deploy.errors import QuantizationError
+from relu_deploy.errors import ModelError, QuantizationError
+from relu_deploy.int8.cheaper import cheaper_in_half
 from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.fuse import FusionReport, fuse_channels
+from relu_deploy.int8.half import halve
 from relu_deploy.int8.islands import Evened, channels_of, even_islands
 from relu_deploy.int8.islands_spell import shorten_islands
 from relu_deploy.int8.kernels import respect_softmax
@@ -22,6 +24,7 @@ from relu_deploy.int8.lower_pools import spell_average_pools
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
 from relu_deploy.int8.qoperator_files import IntegerReport
 from relu_deploy.int8.shield import shield_float_layers
+from relu_deploy.int8.siblings import merge_siblings
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
@@ -41,6 +44,8 @@ from relu_deploy.report import PassReport
 # The first opset with per-channel QuantizeLinear and DequantizeLinear, and the first with float16 ones.
 _PER_CHANNEL_OPSET = 13
 _FLOAT16_OPSET = 19
+# What is left of a granularity in a float32 network.
+_GRANULARITY = {"channel": "channel", "tensor": "tensor", "auto": "channel"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,9 @@ class QuantReport:
         fusion: Channels that were scaled so that one scale fits all.
         islands: Tensors at the shores of float islands whose channels were scaled, and those that were not.
         integer: The form in integer operators and its multipliers, where they were asked for.
+        float_part: Type in which what is left in float computes: ``fp32`` or ``fp16``.
+        half: Nodes that became float16, and those that stay float32 with the reason.
+        merged: Convolutions of one tensor that became one.
     """
 
     target: str
@@ -71,7 +79,10 @@ class QuantReport:
     opset: int
     warnings: tuple[str, ...]
     folded: dict[str, str] = dataclasses.field(default_factory=dict)
+    float_part: str = "fp32"
     fusion: FusionReport | None = None
+    half: PassReport | None = None
+    merged: PassReport | None = None
     islands: PassReport | None = None
     integer: IntegerReport | None = None
 
@@ -87,7 +98,8 @@ def quantize(
     *,
     target: str = "ort",
     weight_bits: int | None = None,
-    weight_granularity: str = "channel",
+    weight_granularity: str = "auto",
+    float_part: str = "auto",
     channel_fusion: str = "pow2",
     keep_float: Iterable[str] = (),
     check_ranges: bool = True,
@@ -101,7 +113,9 @@ def quantize(
         target: ``ort``, ``tensorrt-rtx`` or ``tensorrt``.
         weight_bits: 8 or 7 (``ort`` only); None: what this CPU multiplies without saturating, and a warning where that
             is 7.
-        weight_granularity: ``channel`` or ``tensor``, see :func:`relu_deploy.int8.formats.number_format`.
+        weight_granularity: ``channel``, ``tensor`` or ``auto``, see :func:`relu_deploy.int8.formats.number_format`.
+        float_part: ``fp32``, ``fp16`` or ``auto``: what is left in float computes in it. Inputs and outputs keep their
+            types.
         channel_fusion: ``pow2``, ``free`` or ``off``, see :func:`relu_deploy.int8.fuse.fuse_channels`.
         keep_float: Names of linear layers to leave in float.
         extra_warnings: What the caller found worth warning of; they go into the report.
@@ -117,11 +131,11 @@ def quantize(
         ModelError: its opset cannot be lifted.
     """
     bits, cpu_warnings = _weight_bits(weight_bits, target)
-    number = number_format(target, weight_bits=bits, weight_granularity=weight_granularity)
+    number = number_format(target, weight_bits=bits, weight_granularity=weight_granularity, float_part=float_part)
     refuse_quantized(model)
     if check_ranges:
         check_fresh(ranges, model)
-    lifted = _prepare(model)
+    lifted, number, opset_warnings = _prepare(model, number, asked=float_part)
     graph = files.import_graph(lifted)
     fold_constants(graph)
     remove_identities(graph)  # an Identity between a layer and its ReLU would be quantised, and then the ReLU again
@@ -152,13 +166,18 @@ def quantize(
         sites = take_back(graph, sites, place(graph, bounds, number, keep_float=keep_float))
         if channel_fusion != "off":
             evened = _even(graph, fusion.ranges, aliases, bounds, number, keep_float)
-    placement = place(graph, bounds, number, keep_float=keep_float)
+    left = cheaper_in_half(graph, number, keep=frozenset(keep_float))
+    merged = merge_siblings(graph, bounds, skip={*left, *keep_float}) if number.merges else None
+    files.tidy(graph)
+    placement = place(graph, bounds, number, keep_float=keep_float, half=left, splits=merged.changed if merged else ())
     if not number.unsigned:
         placement = with_pooled(graph, placement, learned, bounds)
     _check_layers(placement, keep_float)
     sites = take_back(graph, sites, placement)
     written = write(graph, placement, bounds, number)
     write_tables(graph, sites, written.activations)
+    files.tidy(graph)
+    half = halve(graph, bounds) if number.half and not is_half(lifted) else None
     if number.unsigned:
         folded |= {site.name: f"a table of 256 codes for {site.channels} functions" for site in sites}
         folded |= spell_pwlu(graph, number.target).notes  # those between floats
@@ -166,10 +185,10 @@ def quantize(
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
     folded |= dynamic
-    report = _report(quantized, placement, written, number, (*cpu_warnings, *extra_warnings), folded)
-    return quantized, dataclasses.replace(
-        report, fusion=fusion.report, islands=None if evened is None else evened.report
-    )
+    told = (*cpu_warnings, *opset_warnings, *extra_warnings)
+    report = _report(quantized, placement, written, number, told, folded)
+    islands = None if evened is None else evened.report
+    return quantized, dataclasses.replace(report, fusion=fusion.report, islands=islands, half=half, merged=merged)
 
 
 def _even(
@@ -177,11 +196,8 @@ def _even(
     number: NumberFormat, keep_float: Iterable[str],
 ) -> Evened:  # fmt: skip
     """Even out the channels on the shores of float islands."""
-    channels = {
-        name: seen
-        for name, measured in ranges.tensors.items()
-        if (seen := channels_of(measured, ranges.samples)) is not None
-    }
+    seen = {name: channels_of(measured, ranges.samples) for name, measured in ranges.tensors.items()}
+    channels = {name: each for name, each in seen.items() if each is not None}
     channels |= {new: channels[old] for new, old in aliases.items() if old in channels}
     return even_islands(graph, place(graph, bounds, number, keep_float=keep_float), channels, bounds, number)
 
@@ -246,13 +262,35 @@ def refuse_quantized(model: onnx.ModelProto) -> None:
         )
 
 
-def _prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Unfold local functions, lift the opset as far as Q/DQ needs it, and infer the types of all tensors."""
+def _prepare(
+    model: onnx.ModelProto, number: NumberFormat, *, asked: str
+) -> tuple[onnx.ModelProto, NumberFormat, tuple[str, ...]]:
+    """Unfold local functions, lift the opset as far as Q/DQ needs it, and infer the types of all tensors.
+
+    Returns:
+        The model; the number format, with a float32 float part where it was left open and the opset cannot be lifted as
+        far as float16 Q/DQ need it; and a warning then.
+    """
     if not all(map(is_definition, model.functions)):
         model = inline_functions(model)
-    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
-    lifted = files.convert_opset(model, lowest=_FLOAT16_OPSET if half else _PER_CHANNEL_OPSET)
-    return onnx.shape_inference.infer_shapes(lifted, data_prop=True) if files.fits_one_message(lifted) else lifted
+    given_half = is_half(model)
+    warnings: tuple[str, ...] = ()
+    try:
+        lifted = files.convert_opset(model, lowest=_FLOAT16_OPSET if given_half or number.half else _PER_CHANNEL_OPSET)
+    except ModelError as error:
+        if given_half or not number.half or asked == "fp16":
+            raise
+        warnings = (f"the float part stays float32: {error.message}",)
+        number = number_format(number.target, weight_granularity=_GRANULARITY[number.weight_granularity])
+        lifted = files.convert_opset(model, lowest=_PER_CHANNEL_OPSET)
+    if files.fits_one_message(lifted):
+        lifted = onnx.shape_inference.infer_shapes(lifted, data_prop=True)
+    return lifted, number, warnings
+
+
+def is_half(model: onnx.ModelProto) -> bool:
+    """Whether a network is given in float16: it stores weights in it."""
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
 
 
 def _check_layers(placement: Placement, keep_float: Iterable[str]) -> None:
@@ -295,5 +333,5 @@ def _report(
         warnings.append(f"{len(left)} of {len(placement.layers)} linear layers stay float")
     return QuantReport(
         number.target, number.weight_bits, number.weight_granularity, placement.layers, written.activations,
-        tuple(written.dropped), files.opset(model), tuple(warnings), folded,
+        tuple(written.dropped), files.opset(model), tuple(warnings), folded, number.float_part,
     )  # fmt: skip

@@ -14,10 +14,12 @@ from relu_deploy.int8.formats import (
     NumberFormat,
     QParams,
     activation_qparams,
+    half_scales,
     quantize_symmetric,
     weight_scales,
     widen_for_bias,
 )
+from relu_deploy.int8.granularity import shares_scale
 from relu_deploy.int8.place import Placement, clip_bounds, is_clipping
 
 _INT32 = (1 << 31) - 1
@@ -160,8 +162,9 @@ def _quantize_layer(graph: gs.Graph, node: gs.Node, number: NumberFormat, writte
     channels, dtype = weight_axis(node), node.inputs[1].values.dtype
     if dead := int((~_alive(weight, channels)).sum()):
         written.dead_channels[node.name] = dead
-    axis = channels if number.weight_granularity == "channel" else None
+    axis = None if shares_scale(node, number) else channels
     scales, alive = weight_scales(weight, axis, number.weight_max), _alive(weight, axis)
+    scales = half_scales(scales) if number.half and dtype == np.float32 else scales
     if number.integer_bias and bias is not None:
         input_scale = float(node.inputs[0].inputs[0].inputs[1].values)
         scales = widen_for_bias(scales, input_scale, bias, alive)

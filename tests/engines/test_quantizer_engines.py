@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,6 +26,8 @@ from relu_deploy.int8.run import QuantReport, quantize
 pytestmark = pytest.mark.engine
 SMS = ("86", "89", "120")
 Weights = Mapping[str, tuple[int, ...] | np.ndarray]
+# The format with nothing chosen for this compiler: what it does with that, the choices rest on.
+PLAINLY: Mapping[str, Any] = {"float_part": "fp32", "weight_granularity": "channel"}
 
 
 def parse(text: str, weights: Weights, *, opset: int = 17) -> onnx.ModelProto:
@@ -70,7 +73,7 @@ def check(
     model: onnx.ModelProto, folder: Path, *, student: bool = True, floats: tuple[str, ...] = (), **config: object
 ) -> BuildReport:
     """Quantise and build; every layer but ``floats`` has to be int8, in the report and in the engine."""
-    quantized, report = quantize(model, measured(model), target="tensorrt-rtx")
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx", **PLAINLY)
     assert tuple(layer.name for layer in report.layers if not layer.int8) == floats
     built = build(quantized, folder, **config)
     assert broken_promises(report, quantized, built, student=student) == []
@@ -162,7 +165,7 @@ def test_grouped_convolutions(tmp_path: Path, groups: int) -> None:
 @pytest.mark.parametrize("sm", SMS)
 def test_a_unet_keeps_its_conv_transpose_in_float_and_says_so(tmp_path: Path, sm: str) -> None:
     model = parse(UNET, UNET_WEIGHTS)
-    _, report = quantize(model, measured(model), target="tensorrt-rtx")
+    _, report = quantize(model, measured(model), target="tensorrt-rtx", **PLAINLY)
     (left,) = [layer for layer in report.layers if not layer.int8]
     assert "TensorRT-RTX 1.7 computes every ConvTranspose in float" in left.reason
     check(model, tmp_path, sm=(sm,), floats=("up",))
@@ -176,7 +179,7 @@ def test_the_compiler_does_ignore_qdq_on_conv_transpose(tmp_path: Path, groups: 
       y = Relu(b) }}"""
     model = parse(text, {"w1": (32, 32, 1, 1), "w2": (32, 32 // groups, size, size)})
     # The data-centre library gets the same number format, and Q/DQ on its ConvTranspose.
-    quantized, report = quantize(model, measured(model), target="tensorrt")
+    quantized, report = quantize(model, measured(model), target="tensorrt", **PLAINLY)
     assert report.int8_layers == 2
     built = build(quantized, tmp_path)
     assert [(layer.name, layer.precision) for layer in built.audit.linear] == [("c1", "int8"), ("up", "fp32")]
@@ -251,7 +254,7 @@ def test_half_weights(residual_model: Callable, tmp_path: Path, sm: str) -> None
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    quantized, report = quantize(model, ranges, target="tensorrt-rtx", check_ranges=False)
+    quantized, report = quantize(model, ranges, target="tensorrt-rtx", check_ranges=False, **PLAINLY)
     built = build(quantized, tmp_path, sm=(sm,))
     assert broken_promises(report, quantized, built, student=True) == []
     assert built.audit.int8 == 6
@@ -286,7 +289,9 @@ def test_one_weight_scale_a_layer_lets_the_compiler_fuse(residual_model: Callabl
     ranges = measured(model)
     fused = {}
     for granularity in ("channel", "tensor"):
-        quantized, report = quantize(model, ranges, target="tensorrt-rtx", weight_granularity=granularity)
+        quantized, report = quantize(
+            model, ranges, target="tensorrt-rtx", float_part="fp32", weight_granularity=granularity
+        )
         assert report.weight_granularity == granularity
         scales = [t for t in quantized.graph.initializer if t.name.endswith("/weight/scale")]
         assert len(scales) == 6
@@ -321,7 +326,7 @@ def without_qdq(model: onnx.ModelProto, reader: str, operand: str) -> onnx.Model
 
 def test_the_quantised_shortcut_saves_bytes(tmp_path: Path) -> None:
     model = residual()
-    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx")
+    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx", **PLAINLY)
     float_shortcut = without_qdq(without_qdq(quantized, "sum1", "x"), "sum2", "r2")
     ours, other = (build(each, tmp_path).audit for each in (quantized, float_shortcut))
     assert (ours.int8, other.int8) == (4, 4)
@@ -333,7 +338,9 @@ def test_the_quantised_shortcut_saves_bytes(tmp_path: Path) -> None:
 
 def test_with_one_weight_scale_both_operands_of_a_sum_are_quantised(tmp_path: Path) -> None:
     model = residual()
-    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx", weight_granularity="tensor")
+    quantized, _ = quantize(
+        model, measured(model), target="tensorrt-rtx", float_part="fp32", weight_granularity="tensor"
+    )
     sums = [node for node in quantized.graph.node if node.op_type == "Add"]
     assert [sorted(node.input) for node in sums] == [
         ["a2/dequantized", "x/dequantized"], ["a4/dequantized", "r2/dequantized"]]  # fmt: skip
@@ -352,7 +359,9 @@ def test_no_int8_layer_of_this_compiler_writes_int8(tmp_path: Path, granularity:
     """What docs/placement.md says: quantising is a kernel of its own. When this fails, there are bytes to be saved."""
     text = PLAIN.replace("y) {", "y) <float lo = {0}, float hi = {6}> {").replace("r = Relu(a)", activation)
     model = parse(text, PLAIN_WEIGHTS)
-    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx", weight_granularity=granularity)
+    quantized, _ = quantize(
+        model, measured(model), target="tensorrt-rtx", float_part="fp32", weight_granularity=granularity
+    )
     audit = build(quantized, tmp_path).audit
     assert [(layer.precision, layer.output) for layer in audit.linear] == [("int8", "fp32")] * 2
     assert audit.kernels == 5  # quantise, convolve, quantise, convolve, and back to the output's own order of axes
@@ -369,7 +378,7 @@ def test_turing_convolves_in_float_and_pulls_other_cards_along(tmp_path: Path, s
     built = build_engine(tmp_path / "model.onnx", tmp_path / "e.plan", config, int8=plan)
     assert built.quantize is not None
     assert any("with SM 75 among the targets" in warning for warning in built.quantize.warnings)
-    assert [layer.precision for layer in built.engine.audit.linear] == ["fp32", "fp32"]
+    assert [layer.precision for layer in built.engine.audit.linear] == ["fp16", "fp16"]
     assert all("for SM 75, alone or among others" in line for line in built.engine.disagreements)
     assert len(built.engine.disagreements) == 2
     other = build_engine(tmp_path / "model.onnx", tmp_path / "o.plan", BuildConfig(target="tensorrt-rtx"), int8=plan)
@@ -381,7 +390,7 @@ def test_turing_convolves_in_float_and_pulls_other_cards_along(tmp_path: Path, s
 def test_turing_takes_no_float32_matrix_product(tmp_path: Path) -> None:
     text = "(float[4,64] x) => (float[4,10] y) { [fc1] h = Gemm(x, w1) r = Relu(h) [fc2] y = Gemm(r, w2) }"
     model = parse(text, {"w1": (64, 32), "w2": (32, 10)})
-    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx")
+    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx", **PLAINLY)
     with pytest.raises(EngineError, match="FP32 GEMM is not supported") as caught:
         build(quantized, tmp_path, sm=("75",))
     assert "SM 80 or newer" in str(caught.value.hint)
@@ -393,7 +402,7 @@ def test_turing_takes_no_float32_matrix_product(tmp_path: Path) -> None:
 
 def test_a_layer_without_qdq_is_seen(residual_model: Callable, tmp_path: Path) -> None:
     model = residual_model()
-    quantized, report = quantize(model, measured(model), target="tensorrt-rtx")
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx", **PLAINLY)
     conv = next(node for node in quantized.graph.node if node.name == "fuse")
     source = {output: node for node in quantized.graph.node for output in node.output}
     quantizer = source[source[conv.input[0]].input[0]]
@@ -405,15 +414,15 @@ def test_a_layer_without_qdq_is_seen(residual_model: Callable, tmp_path: Path) -
 def test_a_report_that_is_too_modest_is_seen(residual_model: Callable, tmp_path: Path) -> None:
     model = residual_model()
     ranges = measured(model)
-    quantized, _ = quantize(model, ranges, target="tensorrt-rtx")
-    _, modest = quantize(model, ranges, target="tensorrt-rtx", keep_float=["fuse"])
+    quantized, _ = quantize(model, ranges, target="tensorrt-rtx", **PLAINLY)
+    _, modest = quantize(model, ranges, target="tensorrt-rtx", keep_float=["fuse"], **PLAINLY)
     found = broken_promises(modest, quantized, build(quantized, tmp_path), student=True)
     assert found == ["fuse: int8 False in the report, int8 in the engine"]
 
 
 def test_an_activation_left_in_is_seen(residual_model: Callable, tmp_path: Path) -> None:
     model = residual_model(activation="Silu")
-    quantized, report = quantize(model, measured(model), target="tensorrt-rtx")
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx", **PLAINLY)
     found = broken_promises(report, quantized, build(quantized, tmp_path), student=True)
     assert len(found) == 5
     assert all(line.startswith("silu ") for line in found)

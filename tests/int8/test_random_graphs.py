@@ -112,7 +112,7 @@ def test_each_node_of_a_random_network(seed, target):
     data = np.random.default_rng(seed).normal(size=(8, *random_graph.SHAPE[1:])).astype(np.float32)
     ranges = calibrate(model, open_source(data, model_inputs(model)))
     quantized, report = quantize(
-        model, ranges, target=target, weight_bits=7 if target == "ort" else 8, channel_fusion="off"
+        model, ranges, target=target, weight_bits=7 if target == "ort" else 8, channel_fusion="off", float_part="fp32"
     )
     feeds = {"x": data[:2]}
     assert list(complaints(model, quantized, report, ranges, feeds)) == []

@@ -78,7 +78,7 @@ def test_silu_network_has_no_float_island(residual_model, measure, tmp_path):
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
 def test_tensorrt_placement(residual_model, measure, target):
     model = residual_model()
-    quantized, report = quantize(model, measure(model), target=target)
+    quantized, report = quantize(model, measure(model), target=target, float_part="fp32", weight_granularity="channel")
     nodes = {node.name: node for node in quantized.graph.node}
     producer = {name: node for node in quantized.graph.node for name in node.output}
     assert count_ops(quantized)["Relu"] == count_ops(model)["Relu"]
@@ -318,8 +318,9 @@ def test_one_weight_scale_a_layer(residual_model, measure, target):
             values[3] = 0
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     quantized, report = quantize(
-        model, measure(model), target=target, weight_bits=7, weight_granularity="tensor", channel_fusion="off"
-    )
+        model, measure(model), target=target, weight_bits=7, float_part="fp32", weight_granularity="tensor",
+        channel_fusion="off",
+    )  # fmt: skip
     assert (report.weight_granularity, report.int8_layers) == ("tensor", 6)
     scales = [numpy_helper.to_array(t) for t in quantized.graph.initializer if t.name.endswith("/weight/scale")]
     assert [scale.shape for scale in scales] == [()] * 6

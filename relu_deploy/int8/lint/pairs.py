@@ -139,7 +139,10 @@ def same_grid(one: Quantizer, other: Quantizer) -> bool:
     """Whether both map the same values to the same codes; unknown scales are taken to."""
     if one.scale is None or other.scale is None or one.codes != other.codes:
         return one.codes == other.codes
-    if not np.array_equal(one.scale.astype(np.float64), other.scale.astype(np.float64)):
+    scales = [q.scale.astype(np.float64).reshape(-1) for q in (one, other) if q.scale is not None]
+    if scales[0].size != scales[1].size:  # as many equal scales as there are channels are one scale
+        scales = [np.unique(values) for values in scales]
+    if not np.array_equal(scales[0], scales[1]):
         return False
     zeros = [0.0 if q.zero_point is None else q.zero_point.astype(np.float64) for q in (one, other)]
     return bool(np.all(zeros[0] == zeros[1]))
