@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -92,8 +91,13 @@ def work(options: argparse.Namespace) -> None:
         theirs(options.model, options.method[0], options.samples)
     else:
         ours(options.model, options.method[0], options.samples, with_quantize=options.worker == "both")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"clock": time.perf_counter() - started, "cpu": time.process_time() - busy, "peak": peak}))
+    print(json.dumps({"clock": time.perf_counter() - started, "cpu": time.process_time() - busy, "peak": peak()}))
+
+
+def peak() -> float:
+    """Most memory that this process had, in MiB. ``ru_maxrss`` would tell that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def compare(model: Path, method: str, count: int, rounds: int) -> None:
