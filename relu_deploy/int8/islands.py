@@ -139,7 +139,7 @@ class _Work:
         layer, seen = read_layer(conv), self._seen(name)
         if seen.low.size != layer.bias.size:
             raise RefusedError("its channels lie on another axis")
-        low, high = live_range(self.forest, tensor, seen.low, seen.high)
+        low, high = live_range(self.forest, tensor, seen.low, seen.high, axis=1 - conv.inputs[1].values.ndim)
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         factors = even_factors(low, high)
         write(layer, after(layer, Affine(factors, np.zeros_like(factors))), self.names, "even")

@@ -21,7 +21,9 @@ FLAT = 1 / 2048
 _POINTS = 2049
 
 
-def live_range(forest: Forest, tensor: gs.Variable, low: Array, high: Array) -> tuple[Array, Array]:
+def live_range(
+    forest: Forest, tensor: gs.Variable, low: Array, high: Array, *, axis: int | None = None
+) -> tuple[Array, Array]:
     """The part of each channel's range in which what is computed of a tensor depends on it.
 
     Args:
@@ -29,6 +31,7 @@ def live_range(forest: Forest, tensor: gs.Variable, low: Array, high: Array) -> 
         tensor: A root of the forest.
         low: Smallest value of each channel, ``(C,)``.
         high: Largest.
+        axis: Where the channels are, counted from the last axis (-1); None where that is not known.
 
     Returns:
         The same, narrowed where every function of the tensor is flat; as given where not all that reads it is one.
@@ -38,12 +41,13 @@ def live_range(forest: Forest, tensor: gs.Variable, low: Array, high: Array) -> 
         return low, high
     ends = [cut for cut in forest.exits if _root(cut).tensor is tensor]
     try:
-        parts = [_live(cut, low, high) for cut in ends]
+        parts = [_live(cut, low, high, axis) for cut in ends]
     except UnsupportedError:
         return low, high
     if not parts:
         return low, high
-    first, last = np.min([part[0] for part in parts], axis=0), np.max([part[1] for part in parts], axis=0)
+    first = np.min(np.broadcast_arrays(low, *(part[0] for part in parts))[1:], axis=0)
+    last = np.max(np.broadcast_arrays(low, *(part[1] for part in parts))[1:], axis=0)
     return np.clip(low, first, np.maximum(first, last)), np.clip(high, np.minimum(first, last), last)
 
 
@@ -53,8 +57,11 @@ def _root(cut: Cut) -> Cut:
     return cut
 
 
-def _live(cut: Cut, low: Array, high: Array) -> tuple[Array, Array]:
-    """Where one function is not flat, for each channel: ``(C,)`` twice, or ``()`` where all have one function."""
+def _live(cut: Cut, low: Array, high: Array, axis: int | None) -> tuple[Array, Array]:
+    """Where one function is not flat, for each channel: ``(C,)`` twice, or ``()`` where all have one function.
+
+    Also ``()`` where functions differ along another axis than that of the channels: where any of them is not flat.
+    """
     program = program_between(_root(cut), cut)
     points = np.linspace(float(low.min()), float(high.max()), _POINTS)
     columns = program.constants.T if program.constants.shape[1] else [np.zeros(0)]
@@ -64,7 +71,9 @@ def _live(cut: Cut, low: Array, high: Array) -> tuple[Array, Array]:
     allowed = FLAT * (values.max() - values.min())
     first = [_flat_until(row, allowed) for row in values]
     last = [_POINTS - 1 - _flat_until(row[::-1], allowed) for row in values]
-    return points[first] if len(first) > 1 else points[first[0]], points[last] if len(last) > 1 else points[last[0]]
+    if len(first) > 1 and program.axis == axis:
+        return points[first], points[last]
+    return points[min(first)], points[max(last)]
 
 
 def _flat_until(row: Array, allowed: float) -> int:
