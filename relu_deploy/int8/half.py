@@ -33,7 +33,8 @@ _WIDE = frozenset({
 })  # fmt: skip
 _SUMS = ("ReduceSum", "ReduceMean", "GlobalAveragePool")
 # Operands that ONNX wants in float32, or as they are, whatever the type of the first one is.
-_FIRST_ONLY = ("Resize", "Upsample", "QuantizeLinear", "DequantizeLinear")
+_FIXED = ("Resize", "Upsample")
+_FIRST_ONLY = (*_FIXED, "QuantizeLinear", "DequantizeLinear")
 _UNIT = frozenset({"Sigmoid", "HardSigmoid", "Softmax", "Tanh", "Erf", "Sin", "Cos"})
 _NO_LARGER = frozenset({
     "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Reshape", "Transpose", "Flatten",
@@ -74,7 +75,8 @@ def halve(graph: gs.Graph, bounds: Mapping[str, tuple[float, float]]) -> PassRep
 
 def _computes(node: gs.Node) -> bool:
     """Whether a node reads or writes float32."""
-    return any(tensor.dtype == FLOAT for tensor in (*node.inputs, *node.outputs) if not _is_absent(tensor))
+    inputs = node.inputs[:1] if node.op in _FIXED else node.inputs
+    return any(tensor.dtype == FLOAT for tensor in (*inputs, *node.outputs) if not _is_absent(tensor))
 
 
 def _is_absent(tensor: gs.Tensor) -> bool:
@@ -252,7 +254,7 @@ def _retype(graph: gs.Graph, half: set[int]) -> None:
                         tensor.dtype = HALF
     for node in nodes:
         wanted = HALF if id(node) in half else FLOAT
-        fixed = 1 if node.op in ("Resize", "Upsample") else None
+        fixed = 1 if node.op in _FIXED else None
         for index, tensor in enumerate(list(node.inputs)):
             if _is_absent(tensor) or tensor.dtype not in (HALF, FLOAT) or (fixed is not None and index >= fixed):
                 continue

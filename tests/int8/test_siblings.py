@@ -1,0 +1,160 @@
+"""Convolutions of one tensor, merged: the same numbers, and one layer; which layers float16 moves in fewer bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from onnx import numpy_helper
+
+from calib.session import open_session
+from relu_deploy import graph as files
+from relu_deploy.int8.cheaper import DEPTHWISE, cheaper_in_half
+from relu_deploy.int8.formats import number_format
+from relu_deploy.int8.granularity import may_share, shared_noise, shares_scale
+from relu_deploy.int8.siblings import merge_siblings
+
+RTX = number_format("tensorrt-rtx", weight_granularity="auto", float_part="auto")
+
+
+def parse(text: str, **shapes: tuple[int, ...]) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g {text}')
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = random.normal(0, 0.3, shape).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    onnx.checker.check_model(model, full_check=True)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+CSP = """(float[1,4,6,6] x) => (float[1,7,6,6] y) { [left] a = Conv(x, w1, b1) ra = Relu(a)
+  [right] b = Conv(x, w2) rb = Relu(b) [inner] c = Conv<pads=[1,1,1,1]>(ra, w3, b1) y = Concat<axis=1>(c, rb) }"""
+SHAPES = {"w1": (3, 4, 1, 1), "b1": (3,), "w2": (4, 4, 1, 1), "w3": (3, 3, 3, 3)}
+BOUNDS = {"a": (-1.0, 2.0), "b": (-3.0, 1.0), "ra": (0.0, 2.0), "rb": (0.0, 1.0)}
+
+
+def merged(model: onnx.ModelProto, bounds: dict, **options: object):
+    graph = files.import_graph(model)
+    report = merge_siblings(graph, bounds, **options)
+    files.tidy(graph)
+    after = files.export_graph(graph, model)
+    files.check_model(after, "the merged model")
+    x = np.random.default_rng(1).normal(size=(1, 4, 6, 6)).astype(np.float32)
+    for old, new in zip(*(open_session(m, threads=1).run(None, {"x": x}) for m in (model, after)), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-6, atol=1e-6)  # each sum is the same, its kernel may be another
+    again = files.import_graph(after)
+    assert merge_siblings(again, dict(bounds), **options).changed == ()
+    return after, report
+
+
+def test_siblings_and_their_relu_are_merged():
+    bounds = dict(BOUNDS)
+    after, report = merged(parse(CSP, **SHAPES), bounds)
+    assert report.changed == ("left+right/Split",)
+    assert [node.op_type for node in after.graph.node] == ["Conv", "Relu", "Split", "Conv", "Concat"]
+    assert bounds["left+right/output"] == (-3.0, 2.0)
+    assert bounds["left+right/relu"] == (0.0, 2.0)
+    assert {"ra", "rb"} <= {name for node in after.graph.node for name in node.output}
+
+
+def test_a_sibling_without_a_relu_leaves_the_other_its_own():
+    text = CSP.replace("rb = Relu(b)", "rb = Sigmoid(b)")
+    after, _ = merged(parse(text, **SHAPES), dict(BOUNDS))
+    assert [node.op_type for node in after.graph.node][:2] == ["Conv", "Split"]
+
+
+@pytest.mark.parametrize("change", [("Conv(x, w2)", "Conv<group=2>(x, w4)"), ("Conv(x, w2)", "Conv(x2, w2)")])
+def test_what_is_no_sibling(change):
+    text = CSP.replace(*change).replace("{ [left]", "{ x2 = Relu(x) [left]")
+    shapes = {**SHAPES, "w4": (4, 2, 1, 1)} if "group" in change[1] else SHAPES
+    shapes = {name: shape for name, shape in shapes.items() if name in text}
+    text = text if "x2)" in text or "x2," in text else text.replace("x2 = Relu(x) ", "")
+    _, report = merged(parse(text, **shapes), dict(BOUNDS))
+    assert report.changed == ()
+
+
+def test_layers_that_are_to_be_left_alone_are():
+    _, report = merged(parse(CSP, **SHAPES), dict(BOUNDS), skip=["right"])
+    assert report.changed == ()
+
+
+def test_a_sibling_of_unknown_range_is_left_alone():
+    _, report = merged(parse(CSP, **SHAPES), {"a": (0.0, 1.0)})
+    assert [(skip.name, skip.reason) for skip in report.skipped] == [
+        (name, "the range of a sibling's output is not known") for name in ("left", "right")
+    ]
+
+
+def test_an_output_of_the_network_keeps_its_relu_apart():
+    text = CSP.replace("(float[1,7,6,6] y)", "(float[1,7,6,6] y, float[1,4,6,6] b)")
+    after, _ = merged(parse(text, **SHAPES), dict(BOUNDS))
+    assert [node.op_type for node in after.graph.node][:2] == ["Conv", "Split"]
+
+
+def layers(convs: int, size: int, width: int = 64) -> onnx.ModelProto:
+    """A chain of 3x3 convolutions on one map, and a depthwise one at its end."""
+    body, last, shapes = "", "x", {}
+    for i in range(convs):
+        body += f"[c{i}] t{i} = Conv<pads=[1,1,1,1]>({last}, w{i}) r{i} = Relu(t{i}) "
+        last, shapes[f"w{i}"] = f"r{i}", (width, width, 3, 3)
+    body += f"[dw] y = Conv<pads=[1,1,1,1], group={width}>({last}, d)"
+    shapes["d"] = (width, 1, 3, 3)
+    io = f"(float[1,{width},{size},{size}] x) => (float[1,{width},{size},{size}] y)"
+    return parse(f"{io} {{ {body} }}", **shapes)
+
+
+def left(model: onnx.ModelProto, number=RTX) -> dict[str, str]:
+    return cheaper_in_half(files.import_graph(model), number)
+
+
+def test_the_first_layers_are_left_in_half_while_that_moves_less_up_to_a_tenth():
+    # 2 x 64 x 32 x 32 numbers against 64 x 64 x 9 weights; then 2 x 64 x 16 x 16.
+    assert [name for name in left(layers(19, 32)) if name != "dw"] == ["c0", "c1"]
+    assert [name for name in left(layers(19, 16)) if name != "dw"] == []
+    assert [name for name in left(layers(8, 32)) if name != "dw"] == []
+
+
+def test_depthwise_layers_are_left_in_half_wherever_they_are():
+    assert left(layers(3, 16)) == {"dw": DEPTHWISE}
+
+
+@pytest.mark.parametrize("number", [
+    number_format("ort"), number_format("tensorrt", float_part="fp16"), number_format("tensorrt-rtx"),
+])  # fmt: skip
+def test_nothing_is_chosen_for_what_was_not_measured(number):
+    assert left(layers(19, 32), number) == {}
+
+
+@given(arrays(np.float32, (3, 4), elements=st.floats(-8, 8, width=32)))
+def test_shared_noise_is_what_one_scale_does(weight):
+    step = max(float(np.abs(weight).max()) / 127, 2.0**-60)
+    wide = weight.astype(np.float64)
+    rows = [row for row in wide if row.any()]
+    errors = [((row - np.rint(row / np.float32(step)) * np.float32(step)) ** 2).sum() / (row**2).sum() for row in rows]
+    assert shared_noise(weight, 127) == pytest.approx(np.mean(errors) if rows else 0.0, rel=1e-3, abs=1e-12)
+
+
+def test_one_scale_where_little_is_lost():
+    even, uneven = np.ones((8, 8, 1, 1), np.float32), np.ones((8, 8, 1, 1), np.float32)
+    even *= np.linspace(0.5, 1, 64, dtype=np.float32).reshape(8, 8, 1, 1)
+    uneven[1:] *= 0.003  # under half a step of the first channel
+    text = "(float[1,8,4,4] x) => (float[1,8,4,4] y) { [c] y = Conv(x, w) }"
+    chosen = {}
+    for name, values in (("even", even), ("uneven", uneven)):
+        model = parse(text, w=(8, 8, 1, 1))
+        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, "w"))
+        (node,) = files.import_graph(model).nodes
+        assert may_share(node, RTX)
+        chosen[name] = shares_scale(node, RTX)
+    assert chosen == {"even": True, "uneven": False}
+
+
+@pytest.mark.parametrize(("target", "part", "found"), [
+    ("tensorrt-rtx", "auto", "auto"), ("tensorrt-rtx", "fp32", "channel"), ("tensorrt", "auto", "channel"),
+    ("ort", "auto", "channel"),
+])  # fmt: skip
+def test_granularity_is_chosen_only_where_it_was_measured(target, part, found):
+    assert number_format(target, weight_granularity="auto", float_part=part).weight_granularity == found
