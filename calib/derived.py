@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from calib.histogram import Histogram, bins_of, collected, merge_histograms
 from calib.model import STANDARD_DOMAINS
-from calib.observers import Tensor
+from calib.observers import MAX_CHANNELS, Tensor
 from calib.ranges import TensorRange
 
 Bounds = tuple[float, float]
@@ -125,17 +125,25 @@ def _clipped_histogram(histogram: Histogram, bounds: Bounds) -> Histogram:
 
 def _joined(parts: Sequence[TensorRange], *, along_channels: bool) -> TensorRange:
     """The range of the values of all parts."""
+    counts = [part.histogram for part in parts if part.histogram is not None]
+    whole = TensorRange(
+        min(part.min for part in parts), max(part.max for part in parts), parts[0].dtype, parts[0].count,
+        histogram=merge_histograms(counts) if counts else None,
+    )  # fmt: skip
     lows = [part.channel_min for part in parts if part.channel_min is not None]
     highs = [part.channel_max for part in parts if part.channel_max is not None]
-    counts = [part.histogram for part in parts if part.histogram is not None]
     by_channel = [part.channel_histograms for part in parts if part.channel_histograms is not None]
+    # As an observer has it: no channels where there are none in a part, or too many in all.
+    if len(lows) < len(parts) or (along_channels and sum(map(len, lows)) > MAX_CHANNELS):
+        return whole
     if along_channels:
         channels = tuple(one for part in by_channel for one in part)
     else:
         channels = tuple(map(merge_histograms, zip(*by_channel, strict=True)))
-    return TensorRange(
-        min(part.min for part in parts), max(part.max for part in parts), parts[0].dtype, parts[0].count, parts[0].axis,
-        (np.concatenate(lows) if along_channels else np.minimum.reduce(lows)) if lows else None,
-        (np.concatenate(highs) if along_channels else np.maximum.reduce(highs)) if highs else None,
-        merge_histograms(counts) if counts else None, channels or None,
-    )  # fmt: skip
+    return dataclasses.replace(
+        whole,
+        axis=parts[0].axis,
+        channel_min=np.concatenate(lows) if along_channels else np.minimum.reduce(lows),
+        channel_max=np.concatenate(highs) if along_channels else np.maximum.reduce(highs),
+        channel_histograms=channels or None,
+    )

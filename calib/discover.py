@@ -67,15 +67,23 @@ def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch)
     tensors = tuple(Tensor(n, floats[n], len(shapes[n]), axes[n], n in shared) for n in wanted)
     sizes = {t.name: math.prod(shapes[t.name]) * np.dtype(t.dtype).itemsize for t in tensors}
     skipped = {n: f"its type is {_OTHER_FLOATS[kind]}" for n, kind in types.items() if kind in _OTHER_FLOATS}
-    fixed = {name for name, found in made.items() if _is_fixed(found[1])}
-    fixed |= {name for name, spec in fed.items() if spec.shape is not None and _is_fixed(spec.shape)}
+    fixed = {name for name, found in made.items() if _is_fixed(found[1], batch=_batch_names(model))}
+    fixed |= {name for name, spec in fed.items() if spec.shape is not None and _is_fixed(spec.shape, batch={None})}
     derived = derivable(model, {t.name: t for t in tensors}, fixed)
     return Found(tensors, sizes, types, skipped, derived)
 
 
-def _is_fixed(shape: Sequence[Any]) -> bool:
-    """Whether all extents but the first are known, and none is 0."""
-    return len(shape) > 1 and all(type(extent) is int and extent > 0 for extent in shape[1:])
+def _is_fixed(shape: Sequence[Any], *, batch: set[Any]) -> bool:
+    """Whether a tensor always has as many elements to a sample, and at least one."""
+    if len(shape) < 2 or not all(type(extent) is int and extent > 0 for extent in shape[1:]):
+        return False
+    return shape[0] in batch or (type(shape[0]) is int and shape[0] > 0)
+
+
+def _batch_names(model: onnx.ModelProto) -> set[Any]:
+    """What the network calls the first axis of its inputs, where it is open."""
+    shapes = (value.type.tensor_type.shape.dim for value in model.graph.input)
+    return {dims[0].dim_param for dims in shapes if len(dims) and dims[0].dim_param}
 
 
 def _inferred(model: onnx.ModelProto, names: list[str]) -> dict[str, tuple[str, Sequence[Any]]]:

@@ -144,6 +144,33 @@ def test_what_follows_from_a_mask_or_from_nothing_has_no_range_either():
     assert list(found.tensors) == ["x", "y"]
 
 
+@pytest.mark.parametrize("limit", [2, 4, 5, 6])
+def test_more_channels_than_are_kept(limit, monkeypatch):
+    monkeypatch.setattr("calib.observers.MAX_CHANNELS", limit)
+    monkeypatch.setattr("calib.derived.MAX_CHANNELS", limit)
+    model = parse("""g (float[N, 3, 4] x, float[N, 2, 4] z) => (float[N, 5, 4] y, float[N, 2, 8] w)
+    { y = Concat<axis = 1>(x, z) w = Concat<axis = 2>(z, z) c = MaxPool<kernel_shape = [2]>(y) }""")
+    rng = np.random.default_rng(0)
+    data = {"x": rng.standard_normal((3, 3, 4), np.float32), "z": rng.standard_normal((3, 2, 4), np.float32)}
+    source = open_source(data, model_inputs(model))
+    found = calibrate(model, source, method="mse", channels=True)
+    monkeypatch.setattr("calib.discover.derivable", lambda *_: {})
+    assert calibrate(model, source, method="mse", channels=True) == found
+
+
+@pytest.mark.parametrize("data", [[[1, 2], [-3, 40]], [[1, 2], [3, 4]], [[10, 20], [30, 40]]])
+def test_a_concat_of_what_may_be_empty_is_measured(data, monkeypatch):
+    """Rows above 9, whose number depends on values, beside all rows: the range of all is not that of nothing."""
+    model = parse("""g (float[N, 2] x) => (float[M, 2] y) <float nine = {9}>
+    { m = ReduceMax<axes = [1], keepdims = 0>(x) k = Greater(m, nine) i = Compress<axis = 0>(x, k)
+      r = Relu(i) j = Concat<axis = 0>(r, x) y = Neg(j) }""")
+    source = open_source(np.float32(data), model_inputs(model))
+    found = calibrate(model, source, method="mse")
+    monkeypatch.setattr("calib.discover.derivable", lambda *_: {})
+    assert calibrate(model, source, method="mse") == found
+    assert found.tensors["j"].count == 2
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_relu_alone_needs_no_run(seed):
