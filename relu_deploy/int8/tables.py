@@ -113,13 +113,17 @@ def stand_in(graph: gs.Graph, measured: Iterable[str]) -> tuple[Site, ...]:
 
 
 def take_back(graph: gs.Graph, sites: Sequence[Site], placement: Placement) -> tuple[Site, ...]:
-    """Give the float nodes back where a stand-in is not between two quantised tensors; returns the sites left."""
+    """Give the float nodes back where a stand-in is not between two quantised tensors; returns the sites left.
+
+    It has to read codes, and whoever reads its result has to read the codes of that: a table gives nothing else.
+    """
     left = []
     nodes = {node.name: node for node in graph.nodes if node.op == STAND_IN}
     for site in sites:
         if site.name not in nodes:  # nobody reads it
             continue
-        if site.source in placement.uses and site.result in placement.uses:
+        before, behind = (placement.uses.get(name, frozenset()) for name in (site.source, site.result))
+        if (before is None or site.name in before) and behind is None:
             left.append(site)
             continue
         nodes[site.name].inputs.clear()
