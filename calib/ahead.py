@@ -79,20 +79,34 @@ class Workers(Generic[T, R]):
         self._pending: collections.deque[concurrent.futures.Future[R]] = collections.deque()
 
     def map(self, items: Iterable[T]) -> Iterator[R]:
-        """Yield the results."""
+        """Yield the results. An error of ``items`` itself comes after the results of those before it."""
         try:
-            for item in items:
-                if self._pool is None:
-                    yield self._function(item)
-                    continue
-                self._pending.append(self._pool.submit(self._function, item))
-                if len(self._pending) > self._count:
-                    yield self._pending.popleft().result()
-            while self._pending:
-                yield self._pending.popleft().result()
+            yield from self._started(items)
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
+
+    def _started(self, items: Iterable[T]) -> Iterator[R]:
+        """Start work on items, and yield results as more are pending than there are workers."""
+        rest, failed = iter(items), None
+        while True:
+            try:
+                item = next(rest)
+            except StopIteration:
+                break
+            except Exception as error:  # noqa: BLE001 - raised again, after what may have failed before it
+                failed = error
+                break
+            if self._pool is None:
+                yield self._function(item)
+                continue
+            self._pending.append(self._pool.submit(self._function, item))
+            if len(self._pending) > self._count:
+                yield self._pending.popleft().result()
+        while self._pending:
+            yield self._pending.popleft().result()
+        if failed is not None:
+            raise failed
 
     def settle(self) -> bool:
         """Wait until no item is being worked at; tell whether none failed. An error is still raised in its place."""

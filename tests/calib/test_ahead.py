@@ -76,6 +76,24 @@ def test_the_first_item_that_fails_is_told_though_a_later_one_fails_sooner(count
     assert threading.active_count() < 50
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_of_the_items_comes_after_one_of_an_item_before(count):
+    def items():
+        yield from range(4)
+        raise KeyError("items")
+
+    def fail(i):
+        time.sleep(0.05)
+        if i == 3:
+            raise ValueError("work")
+        return i
+
+    with pytest.raises(ValueError, match="work"):
+        list(Workers(fail, count).map(items()))
+    with pytest.raises(KeyError, match="items"):
+        list(Workers(lambda i: i, count).map(items()))
+
+
 def test_no_more_items_are_taken_than_there_are_workers_for():
     taken = []
 
