@@ -207,9 +207,15 @@ def _choose_dequantizers(graph: gs.Graph, half: set[int], kept: set[int]) -> Non
 
 
 def holds_scale(scale: npt.NDArray[Any]) -> bool:
-    """Whether float16 holds a scale exactly, and what it spans."""
+    """Whether float16 holds a scale exactly, and what it spans.
+
+    >>> holds_scale(np.array(0.5)), holds_scale(np.array(0.1)), holds_scale(np.array(1e6))
+    (True, False, False)
+    """
     wide = scale.astype(np.float64)
-    return bool((wide.astype(np.float16) == wide).all() and (wide * 128 <= 65504).all())
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is not what it was
+        half = wide.astype(np.float16)
+    return bool((half == wide).all() and (wide * 128 <= 65504).all())
 
 
 @dataclasses.dataclass
