@@ -62,7 +62,9 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The rate, once it is known."""
-        return Text("" if task.speed is None else f"{task.speed:.3g}/s")
+        if task.speed is None:
+            return Text("")
+        return Text(f"{task.speed:.0f}/s" if task.speed >= 100 else f"{task.speed:.3g}/s")
 
 
 @contextlib.contextmanager
