@@ -103,7 +103,7 @@ class Product:
         if self.shared:
             bounds.falling += np.bincount(self.outputs, self._each(g) * g[self.outputs] ** 2, bounds.falling.size)
             top = float((g[self.outputs] * rows).max())
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore"):
                 np.minimum.at(bounds.most, self.outputs, np.where(rows > 0, top / rows, np.inf))
 
     def _rows(self, g: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -21,6 +22,8 @@ from relu_deploy.passes.edit import dims, int_values
 # Second moment over squared maximum where only the maximum is known: between a Gaussian's 1/9 to 1/20 over as many
 # samples as calibration takes and the longer tails of activations.
 _MOMENT = 1 / 16
+# Of an open axis of an image.
+_USUAL_EXTENT = 16
 # Behind these a layer's output is a part of a larger signal, or the same one.
 _ADDING = ("Add", "Sub", "Sum", "Relu", "Identity", "Dropout")
 
@@ -60,7 +63,11 @@ def build_terms(
             terms.append(_product(layer, ranges, number, numbers, weight))
     positions = averaged_positions(graph)
     rounded = [name for name in _quantised(graph, ranges.tensors, number) if name in known]
-    spans = [_span(known[name], number, numbers, gain / positions.get(name, 1)) for name in rounded]
+    tensors, codes = graph.tensors(), 255 if number.unsigned else 127
+    spans = []
+    for name in rounded:
+        room = headroom(values_seen(tensors[name], ranges.tensors[name]), codes)
+        spans.append(_span(known[name], number, numbers, gain / positions.get(name, 1), room))
     return terms + [span for span in spans if span.gain.any()]
 
 
@@ -72,8 +79,8 @@ def _data(layer: LinearUse) -> int:
 def _signal(layer: LinearUse, ranges: Ranges) -> float:
     """Power of the signal that a layer's noise is compared with, summed over channels.
 
-    Of a residual branch that is the sum behind it: noise of a branch that hardly counts hardly counts either. Taken from
-    ranges; where there are none, from input and weights.
+    Of a residual branch that is the sum behind it: noise of a branch that hardly counts hardly counts either. Taken
+    from ranges; where there are none, from input and weights.
     """
     powers, queue, seen = [0.0], [layer.node.outputs[0]], set[int]()
     while queue:
@@ -132,11 +139,36 @@ def _product(layer: LinearUse, ranges: Ranges, number: NumberFormat, numbers: Nu
     )  # fmt: skip
 
 
-def _span(extents: Extents, number: NumberFormat, numbers: Numbers, gain: Array) -> Span:
+def _span(extents: Extents, number: NumberFormat, numbers: Numbers, gain: Array, room: float) -> Span:
+    """A tensor's term; ``room`` is how far each channel is expected to reach, over its maximum in calibration."""
     ids = numbers[extents.labels]
-    return Span(
-        ids, -extents.low, extents.high, _share(gain, ids), 255 if number.unsigned else 127, not number.unsigned
-    )
+    below, above = (np.minimum(reach * room, reach.max()) for reach in (-extents.low, extents.high))
+    return Span(ids, below, above, _share(gain, ids), 255 if number.unsigned else 127, not number.unsigned)
+
+
+def headroom(seen: float, codes: int) -> float:
+    """How far beyond its largest measured value a channel should be covered.
+
+    The largest of n values is exceeded by the next one with probability 1/n. With an exponential tail that goes on as
+    it came, ``tau = M / ln n``, covering M + k tau leaves ``2 tau^2 exp(-k) / n`` of clipping noise; k is where that is
+    as small as the rounding noise ``(M / codes)^2 / 12``. For many values M itself is far enough.
+
+    Args:
+        seen: How many values of the channel were measured.
+        codes: Steps that cover M.
+
+    >>> [round(headroom(n, 127), 1) for n in (24, 256, 100_000)]
+    [3.3, 1.7, 1.0]
+    """
+    log = math.log(max(seen, 3.0))
+    return 1 + max(0.0, -math.log(seen * log**2 / (24 * codes**2))) / log
+
+
+def values_seen(tensor: gs.Tensor, measured: TensorRange) -> float:
+    """How many independent values of each channel calibration saw; neighbours in an image are far from independent."""
+    shape, axis = dims(tensor) or (), measured.axis
+    positions = [_USUAL_EXTENT if size is None else size for at, size in enumerate(shape) if at not in (0, axis)]
+    return float(measured.count * math.prod(positions) ** 0.5)
 
 
 def averaged_positions(graph: gs.Graph) -> dict[str, int]:

@@ -131,6 +131,8 @@ class _Work:
         conv = tensor.inputs[0] if tensor.inputs else None
         if conv is None or conv.name not in self.placement.chosen or conv.op != "Conv":
             raise RefusedError("no integer convolution makes it")
+        if self.number.weight_granularity == "tensor":
+            raise RefusedError("one weight scale a layer: factors of output channels would make its weights uneven")
         self._refuse_shared(tensor)
         if any(tensor is output for output in self.graph.outputs) or any(
             map(self.placement.takes_codes, tensor.outputs)
