@@ -167,7 +167,7 @@ def quantize(
         if channel_fusion != "off":
             evened = _even(graph, fusion.ranges, aliases, bounds, number, keep_float)
     left = cheaper_in_half(graph, number, keep=frozenset(keep_float))
-    merged = merge_siblings(graph, bounds, skip={*left, *keep_float}) if number.merges else None
+    merged = merge_siblings(graph, bounds, skip={*left, *keep_float}, number=number) if number.merges else None
     files.tidy(graph)
     placement = place(graph, bounds, number, keep_float=keep_float, half=left, splits=merged.changed if merged else ())
     if not number.unsigned:

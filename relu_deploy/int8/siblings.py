@@ -13,11 +13,17 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from relu_deploy.int8.formats import NumberFormat
+from relu_deploy.int8.granularity import MOST_NOISE, shared_noise, shares_scale
 from relu_deploy.report import PassReport, Skip
 
 
 def merge_siblings(
-    graph: gs.Graph, bounds: MutableMapping[str, tuple[float, float]], *, skip: Iterable[str] = ()
+    graph: gs.Graph,
+    bounds: MutableMapping[str, tuple[float, float]],
+    *,
+    skip: Iterable[str] = (),
+    number: NumberFormat | None = None,
 ) -> PassReport:
     """Merge convolutions that read the same tensor in the same way, and their ReLU where each has one.
 
@@ -25,6 +31,7 @@ def merge_siblings(
         graph: Edited in place. The tensors that they and their ReLU wrote keep their names.
         bounds: Tensor name -> smallest and largest value measured; what is new is added.
         skip: Names of convolutions to leave alone.
+        number: The target's format: siblings that would share a weight scale stay apart where that costs accuracy.
 
     Returns:
         ``changed``: the new nodes that cut up what a merged convolution gives.
@@ -33,7 +40,7 @@ def merge_siblings(
     changed: list[str] = []
     skipped: list[Skip] = []
     for group in sibling_groups(graph, left):
-        reason = _why_not(group, bounds)
+        reason = _why_not(group, bounds, number)
         if reason:
             skipped += [Skip(node.name, reason) for node in group]
         else:
@@ -61,10 +68,16 @@ def _attributes(node: gs.Node) -> str:
     return str(sorted((name, str(value)) for name, value in node.attrs.items()))
 
 
-def _why_not(group: list[gs.Node], bounds: MutableMapping[str, tuple[float, float]]) -> str:
+def _why_not(
+    group: list[gs.Node], bounds: MutableMapping[str, tuple[float, float]], number: NumberFormat | None
+) -> str:
     """Why a group is left as it is; empty where it can be merged."""
     if any(node.outputs[0].name not in bounds for node in group):
         return "the range of a sibling's output is not known"
+    if number is not None and number.weight_granularity == "auto" and all(shares_scale(n, number) for n in group):
+        together = np.concatenate([node.inputs[1].values for node in group])
+        if shared_noise(together, number.weight_max) > MOST_NOISE:
+            return "one weight scale for all siblings would be too coarse for some of them"
     return ""
 
 

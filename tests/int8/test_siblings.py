@@ -88,6 +88,19 @@ def test_a_sibling_of_unknown_range_is_left_alone():
     ]
 
 
+def test_siblings_of_unlike_size_do_not_share_a_scale():
+    model = parse(CSP, **SHAPES)
+    for tensor in model.graph.initializer:
+        if tensor.name == "w2":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1e-3), "w2"))
+    _, report = merged(model, dict(BOUNDS), number=RTX)
+    assert {skip.reason for skip in report.skipped} == {
+        "one weight scale for all siblings would be too coarse for some of them"
+    }
+    _, report = merged(parse(CSP, **SHAPES), dict(BOUNDS), number=RTX)
+    assert report.changed == ("left+right/Split",)
+
+
 def test_an_output_of_the_network_keeps_its_relu_apart():
     text = CSP.replace("(float[1,7,6,6] y)", "(float[1,7,6,6] y, float[1,4,6,6] b)")
     after, _ = merged(parse(text, **SHAPES), dict(BOUNDS))
