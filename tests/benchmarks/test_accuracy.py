@@ -179,7 +179,15 @@ def _row(part, name, environment, value, *, sqnr=20.0, error=None, symmetric=Fal
 
 @pytest.mark.parametrize(
     ("ours", "peer", "verdict"),
-    [(0.89, 0.88, "yes"), (0.885, 0.88, "no"), (0.9, 0.9, "yes"), (0.899, 0.9, "no"), (0.91, 0.92, "yes")],
+    [
+        (0.89, 0.88, "yes"),
+        (0.885, 0.88, "no, within the interval"),
+        (0.87, 0.88, "no"),
+        (0.9, 0.9, "yes"),
+        (0.899, 0.9, "no, within the interval"),
+        (0.91, 0.92, "yes"),
+        (0.88, 0.92, "no"),
+    ],
 )
 def test_verdict_is_half_of_the_loss_of_the_best_peer(part, ours, peer, verdict):
     rows = [

@@ -55,14 +55,15 @@ def tools() -> dict[str, Tool]:
 
 
 def _ours() -> list[Tool]:
-    return [
+    listed = [
         Tool("relu-deploy ort", "ours", {"target": "ort"}, default=True),
         Tool("relu-deploy rtx", "ours", {"target": "tensorrt-rtx"}, True, symmetric=True, integer_kernels=False),
-        Tool(
-            "relu-deploy rtx, per-tensor weights", "ours",
-            {"target": "tensorrt-rtx", "weight_granularity": "tensor"}, symmetric=True, integer_kernels=False,
-        ),
-    ]  # fmt: skip
+    ]
+    for grain in ("channel", "tensor"):  # no defaults: what one scale for a layer costs
+        settings = {"target": "tensorrt-rtx", "weight_granularity": grain}
+        name = f"relu-deploy rtx, weights per {grain}"
+        listed.append(Tool(name, "ours", settings, symmetric=True, integer_kernels=False))
+    return listed
 
 
 def _ort() -> list[Tool]:
