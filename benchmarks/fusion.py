@@ -1,15 +1,18 @@
 """What channel fusion does for one weight scale a layer: accuracy on Fashion-MNIST, with and without it.
 
 Trains a ReLU network of depthwise and pointwise convolutions (BatchNorm behind each) and a residual one, quantises each
-with a weight scale for every output channel and with one for the layer, and prints the test images that they get right.
+with a weight scale for every output channel and with one for the layer, and prints the test images that they get right
+and the signal-to-noise ratio of their logits against the float network's.
 Needs the torch extra and Debian's dataset-fashion-mnist.
 
-    python benchmarks/fusion.py [--epochs 3] [--images 60000] [--calibration 256] [--target ort] [--keep DIR]
+    python benchmarks/fusion.py [--epochs 3] [--images 60000] [--calibration 256] [--target ort]
+        [--networks depthwise residual] [--keep DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from calib.session import open_session
 from calib.sources import open_source
 from common import print_machine, working_folder
 from relu_deploy.graph import load_model
+from relu_deploy.int8.drift import sqnr_db
 from relu_deploy.int8.run import quantize
 from relu_deploy.passes.run import rewrite
 
@@ -104,15 +108,17 @@ def trained(name: str, folder: Path, epochs: int, images: int) -> onnx.ModelProt
     return rewrite(load_model(path))[0]
 
 
-def accuracy(model: onnx.ModelProto, *, integer_kernels: bool) -> float:
-    """Test images that the network gets right, of 100."""
-    images, labels = fashion.load("test")
+def scores(model: onnx.ModelProto, *, integer_kernels: bool) -> np.ndarray:
+    """Logits of all test images, float64 (10000, 10)."""
+    images, _ = fashion.load("test")
     session = open_session(model, optimise=integer_kernels)
-    right = 0
-    for at in range(0, len(labels), 500):
-        (scores,) = session.run(None, {"x": fashion.as_input(images[at : at + 500])})
-        right += int((np.asarray(scores).argmax(axis=1) == labels[at : at + 500]).sum())
-    return 100 * right / len(labels)
+    parts = [session.run(None, {"x": fashion.as_input(images[at : at + 500])})[0] for at in range(0, len(images), 500)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def right(logits: np.ndarray) -> float:
+    """Test images that are told right, of 100."""
+    return 100 * float((logits.argmax(axis=1) == fashion.load("test")[1]).mean())
 
 
 def main() -> None:
@@ -120,26 +126,27 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--images", type=int, default=60_000, help="of the training images")
     parser.add_argument("--calibration", type=int, default=256, help="training images to measure ranges on")
+    parser.add_argument("--networks", nargs="+", default=["depthwise", "residual"])
     parser.add_argument("--target", default="ort", help="others than ort are computed in float from their Q/DQ")
     parser.add_argument("--keep", type=Path, help="folder of the trained networks; reused where they are there")
     args = parser.parse_args()
     print_machine()
     with working_folder(args.keep) as folder:
-        for name in ("depthwise", "residual"):
+        for name in args.networks:
             model = trained(name, folder, args.epochs, args.images)
             data = fashion.as_input(fashion.load("train")[0][: args.calibration])
             ranges = calibrate(model, open_source(data, model_inputs(model)), batch_size=64)
-            print(f"{name}: float {accuracy(model, integer_kernels=True):.2f}")
-            for granularity in ("channel", "tensor"):
-                for mode in MODES:
-                    int8, report = quantize(
-                        model, ranges, target=args.target, weight_granularity=granularity, channel_fusion=mode
-                    )
-                    found = accuracy(int8, integer_kernels=args.target == "ort")
-                    print(
-                        f"  a weight scale for each {granularity:7s} channel fusion {mode:4s} {found:6.2f}   "
-                        f"{report.fusion.channels if report.fusion else 0} channels scaled"
-                    )
+            reference = scores(model, integer_kernels=True)
+            print(f"{name}: float {right(reference):.2f}")
+            for granularity, mode in itertools.product(("channel", "tensor"), MODES):
+                options = {"target": args.target, "weight_granularity": granularity, "channel_fusion": mode}
+                int8, report = quantize(model, ranges, **options)
+                found = scores(int8, integer_kernels=args.target == "ort")
+                sqnr = sqnr_db(float((reference**2).sum()), float(((reference - found) ** 2).sum()))
+                print(
+                    f"  a weight scale for each {granularity:7s} channel fusion {mode:4s} {right(found):6.2f} "
+                    f"{sqnr:6.1f} dB {report.fusion.channels:4d} channels scaled"
+                )
 
 
 if __name__ == "__main__":

@@ -276,8 +276,21 @@ class _Wanted:
             if all(t.name in self.known for t in live) and _float_constants(node):
                 for tensor in live:
                     self.add(tensor)
+                if node.op == "Concat":
+                    self.pairs += [(t.name, output.name) for t in live if self._ends_in(t, node)]
                 if constant:
                     self.constants.add(node.name)
+
+
+    def _ends_in(self, tensor: gs.Variable, concat: gs.Node) -> bool:
+        """Whether a tensor is only there to be concatenated: a scale of its own would then be a second rounding.
+
+        ONNX Runtime looks every code up in a table where the scales differ, and copies where they do not
+        (benchmarks/shared_scales.py). What others read too keeps the finer scale.
+        """
+        others = any(reader is not concat for reader in tensor.outputs)
+        moved = bool(tensor.inputs) and tensor.inputs[0].op in MOVING_OPS
+        return not (others or moved or any(tensor is output for output in self.graph.outputs))
 
 
 def _place_ort(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple[Layer, ...]) -> Placement:
