@@ -33,6 +33,7 @@ STORED: Weights = {
     "s": ONE, "z": Z, "w": RANDOM.integers(-127, 128, (16, 16, 3, 3)).astype(np.int8), "ws": MANY, "wz": ZS,
     "wf": RANDOM.normal(0, 0.1, (16, 16, 3, 3)).astype(np.float32), "b": np.ones(16, np.float32),
     "s2": np.float32(0.07), "p": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "lo": np.float32(0), "hi": np.float32(6),
+    "i0": np.array([0]), "i8": np.array([8]), "i16": np.array([16]), "i1": np.array([1]),
     "up": np.array([1, 1, 2, 2], np.float32), "k": np.float32(1 / 127),
 }  # fmt: skip
 IO = "(float[1,16,16,16] x) => (float[1,16,16,16] y)"
@@ -257,6 +258,10 @@ SOUND = {
     "a MaxPool": qdq("x", "a0") + "[op] a = MaxPool<kernel_shape=[3,3],pads=[1,1,1,1]>(a0) " + TAIL,
     "a MaxPool of codes": "[Q] q = QuantizeLinear(x, s, z) [op] m = MaxPool<kernel_shape=[3,3],pads=[1,1,1,1]>(q) "
     "[D] a = DequantizeLinear(m, s, z) " + TAIL,
+    "a Concat of codes of one scale, some of them pooled": qdq("x", "a0")
+    + "[top] l = Slice(a0, i0, i8, i1) [low] h = Slice(a0, i8, i16, i1) "
+    + "[op] m = MaxPool<kernel_shape=[3,3],pads=[1,1,1,1]>(h) [join] a = Concat<axis=1>(l, m) "
+    + TAIL,
     "a Transpose": qdq("x", "a0") + "[op] a = Transpose<perm=[0,1,3,2]>(a0) " + TAIL,
     "a factor": qdq("x", "a0") + "[op] a = Mul(a0, hi) " + TAIL,
     "a Neg": qdq("x", "a0") + "[op] a = Neg(a0) " + TAIL,
@@ -288,6 +293,12 @@ def test_no_version_is_too_new(opset: int, ir: int, tmp_path: Path) -> None:
     assert build(model, tmp_path).int8 == 1
 
 
+def moved(plan: bytes) -> list[list[tuple[str, tuple[int | str, ...]]]]:
+    """Types and extents of what each kernel reads and writes."""
+    kernels = [kernel for program in read_plan(plan) for kernel in program.kernels]
+    return [[(tensor.dtype, tensor.dims) for tensor in (*kernel.reads, *kernel.writes)] for kernel in kernels]
+
+
 @pytest.mark.parametrize("zero", ["none", "uint8"])
 def test_unsigned_codes_are_taken_for_signed_ones(zero: str, tmp_path: Path) -> None:
     """The plans are equal, and an int8 plan has no codes above 127."""
@@ -303,7 +314,9 @@ def test_unsigned_codes_are_taken_for_signed_ones(zero: str, tmp_path: Path) -> 
         plans.append((tmp_path / "e.plan").read_bytes())
     if zero == "uint8":
         assert plans[0] == plans[1]
-    assert read_plan(plans[0]) == read_plan(plans[1])  # without the numbers of constants, whose names differ
+    # The names of constants differ where there is one less.
+    assert moved(plans[0]) == moved(plans[1])
+    assert "uint8" not in str(moved(plans[1]))
 
 
 def both(body: str, base: Weights, folder: Path, rule: str) -> tuple[Audit, Audit]:

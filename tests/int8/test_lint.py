@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from calib.session import open_session
 from relu_deploy.int8.lint import RULES, lint
 from relu_deploy.int8.lint.fix import fix
-from relu_deploy.int8.lint.fix_weights import symmetric_weights
+from relu_deploy.int8.lint.fix_weights import store_codes, symmetric_weights
 from relu_deploy.int8.run import quantize
 
 _SPEC = importlib.util.spec_from_file_location("random_graph", Path(__file__).with_name("random_graph.py"))
@@ -190,6 +190,24 @@ def test_an_infinite_scale_is_said_not_to_be_mendable():
     assert [(f.rule, f.automatic) for f in done.after.findings] == [("scale", False)]
     assert any("calibrate again" in skip.reason for step in done.passes for skip in step.skipped)
     assert [n.input for n in mended.graph.node] == [n.input for n in model.graph.node]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_weights_quantised_in_the_graph_are_stored_as_the_runtime_computes_them(dtype):
+    text = "(float x) => (int8[64,64] q) { [Q] q = QuantizeLinear(w, s, z) }"
+    random = np.random.default_rng(0)
+    weight = random.normal(0, 0.1, (64, 64)).astype(dtype)
+    weight[:32] = (
+        (np.arange(32 * 64).reshape(32, 64) % 255 - 127) * dtype(0.5) * dtype(0.01)
+    )  # on ties, and off by a bit
+    model = parse(text, w=weight, s=dtype(0.01), z=np.int8(0))
+    wanted = open_session(model, threads=1).run(None, {"x": np.zeros((), np.float32)})[0]
+    graph = model.graph
+    graph.node.extend([onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "D")])
+    graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("d", graph.initializer[0].data_type, [64, 64]))
+    assert store_codes(model).changed == ("Q",)
+    (node,) = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    np.testing.assert_array_equal(constant(model, node.input[0]), wanted)
 
 
 @given(

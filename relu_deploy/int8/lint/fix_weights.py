@@ -37,8 +37,8 @@ def store_codes(model: onnx.ModelProto) -> PassReport:
             continue
         limits = np.iinfo(dtype_of(q.codes))
         scale, zero = _along(q, q.scale, values.ndim), _along(q, _zeros(q), values.ndim)
-        # As ONNX rounds: in the type of the operands, ties to even.
-        codes = np.clip(np.rint(values / scale.astype(values.dtype)) + zero, limits.min, limits.max)
+        # As ONNX Runtime computes it: in float32, of float16 weights too, ties to even.
+        codes = np.clip(np.rint(values.astype(np.float32) / scale.astype(np.float32)) + zero, limits.min, limits.max)
         name = add_constant(model.graph, f"{q.output}/stored", codes.astype(dtype_of(q.codes)))
         replace_readers(model.graph, q.output, name)
         changed.append(q.node.name)

@@ -137,22 +137,22 @@ class Network:
         TensorRT-RTX also carries them through a concatenation of one scale, a padding that is not a constant other
         than 0, a negation and a factor.
         """
+        return self._carried_scale(tensor, carried, rtx=rtx) is not None
+
+    def _carried_scale(self, tensor: str, carried: tuple[str, ...], *, rtx: bool) -> float | None:
+        """The scale of the codes that reach a tensor; None where none do."""
         while (dq := self.dequantizer(tensor)) is None:
             maker = self.maker(tensor)
             if maker is None:
-                return False
+                return None
             if rtx and maker.op_type == "Concat":
-                scales = {self._plain_scale(name) for name in maker.input}
-                return len(scales) == 1 and None not in scales
+                scales = {self._carried_scale(name, carried, rtx=rtx) for name in maker.input}
+                return scales.pop() if len(scales) == 1 else None
             kept = rtx and (maker.op_type == "Neg" or self._scales_by_constant(maker))
             if not kept and maker.op_type not in carried and not self._pads_zeros(maker):
-                return False
+                return None
             tensor = maker.input[0]
-        return dq is not None
-
-    def _plain_scale(self, tensor: str) -> float | None:
-        dq = self.dequantizer(tensor)
-        return float(dq.scale.reshape(-1)[0]) if dq is not None and dq.scale is not None and dq.scale.size else None
+        return float(dq.scale.reshape(-1)[0]) if dq.scale is not None and dq.scale.size else None
 
     def _scales_by_constant(self, node: onnx.NodeProto) -> bool:
         value = self.constant(node.input[1]) if node.op_type == "Mul" else None
