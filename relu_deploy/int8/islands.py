@@ -134,9 +134,10 @@ class _Work:
         if self.number.weight_granularity == "tensor":
             raise RefusedError("one weight scale a layer: factors of output channels would make its weights uneven")
         self._refuse_shared(tensor)
-        if any(tensor is output for output in self.graph.outputs) or any(
-            map(self.placement.takes_codes, tensor.outputs)
-        ):
+        if any(tensor is output for output in self.graph.outputs):
+            raise RefusedError("it is an output of the network")
+        if any(map(self.placement.takes_codes, tensor.outputs)):
+            self._narrow(name)
             raise RefusedError("not only a float island reads it")
         layer, seen = read_layer(conv), self._seen(name)
         if seen.low.size != layer.bias.size:
@@ -176,6 +177,12 @@ class _Work:
                 set_input(layer.node, 0, inner)
         self.bounds[inner.name] = float((low * factors).min()), float((high * factors).max())
         return int((factors != 1).sum()), factors.size
+
+    def _narrow(self, name: str) -> None:
+        """Spend no codes where what is computed of a tensor, in integers or floats, no longer depends on it."""
+        low, high = (np.asarray([bound]) for bound in self.bounds[name])
+        first, last = live_range(self.forest, self.tensors[name], low, high)
+        self.bounds[name] = float(np.min(first, initial=0)), float(np.max(last, initial=0))
 
     def _refuse_shared(self, tensor: gs.Variable) -> None:
         if any(tensor.name in group for group in self.placement.groups):

@@ -66,5 +66,7 @@ def _apply(edits: list[tuple[gs.Node, int, np.ndarray]], factors: Array, names: 
 
 def _shaped(factors: Array, layer: Layer) -> Array:
     """Factors so that they broadcast against a tensor that the layer reads or makes."""
-    trailing = (1,) * (layer.weight.ndim - 2) if layer.node.op == "Conv" else ()
-    return factors.reshape(-1, *trailing)
+    if layer.node.op != "Conv":
+        return factors
+    # All axes, or ONNX Runtime would not carry its change to channels-last across the multiplication.
+    return factors.reshape(1, -1, *(1,) * (layer.weight.ndim - 2))

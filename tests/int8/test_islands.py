@@ -154,6 +154,8 @@ def test_a_layer_norm_takes_the_factors_where_only_layers_read_it():
     ("body", "output", "tensor", "reason"),
     [
         ("c = Conv(x, w, b) a = HardSwish(c) y = Add(c, a)", "float[N, 8, 6, 6] y, float[N, 8, 6, 6] c", "c",
+         "output of the network"),
+        ("c = Conv(x, w, b) s = Sigmoid(c) a = Mul(c, s) y = Conv(a, v)", "float[N, 8, 6, 6] y", "c",
          "not only a float island"),
         ("a = HardSwish(x) p = MaxPool<kernel_shape = [1, 1]>(a) y = Conv(p, w, b)", "float[N, 8, 6, 6] y", "a",
          "without weights"),
@@ -247,3 +249,14 @@ def test_a_spelled_out_hardswish_becomes_two_operators():
     np.testing.assert_allclose(outputs(after, DATA), reference, rtol=1e-4, atol=1e-4 * np.abs(reference).max())
     shorten_islands(graph)
     assert len(graph.nodes) == 4, "idempotent"
+
+
+def test_a_silu_in_integers_spends_no_codes_on_its_tail():
+    model = network("c = Conv(x, w, b) s = Sigmoid(c) a = Mul(c, s) y = Conv(a, v)", **uneven_convs())
+    ranges = measured(model)
+    _, report = quantize(model, ranges, target="ort", weight_bits=8)
+    grid, silu = report.activations["c"], lambda x: x / (1 + np.exp(-x))
+    assert ranges.tensors["c"].min < grid.lowest - 5, "the convolution reaches much further down"
+    step = report.activations["a"].scale
+    assert abs(silu(grid.lowest)) < step / 2
+    assert grid.highest == pytest.approx(ranges.tensors["c"].max, rel=0.02)
