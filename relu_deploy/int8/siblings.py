@@ -17,6 +17,9 @@ from relu_deploy.int8.formats import NumberFormat
 from relu_deploy.int8.granularity import MOST_NOISE, shared_noise, shares_scale
 from relu_deploy.report import PassReport, Skip
 
+# What stands behind the last layers of a detector; the compiler makes one kernel of all of it.
+_PLAIN = ("Concat", "Sigmoid", "Reshape", "Transpose", "Flatten")
+
 
 def merge_siblings(
     graph: gs.Graph,
@@ -56,7 +59,17 @@ def sibling_groups(graph: gs.Graph, skip: Iterable[str]) -> list[list[gs.Node]]:
         if node.op == "Conv" and node.name not in left and node.attrs.get("group", 1) == 1 and _constant(node):
             key = (id(node.inputs[0]), node.inputs[1].values.shape[1:], str(node.inputs[1].dtype), _attributes(node))
             groups.setdefault(key, []).append(node)
-    return [group for group in groups.values() if len(group) > 1]
+    return [group for group in groups.values() if len(group) > 1 and _alike(group, graph)]
+
+
+def _alike(group: list[gs.Node], graph: gs.Graph) -> bool:
+    """Whether what follows can be merged as well: a ReLU behind each, or no activation behind any.
+
+    With another activation behind, each would read its part of a float tensor by a kernel of its own: more bytes.
+    """
+    if all(_relu(node, graph) is not None for node in group):
+        return True
+    return all(len(n.outputs[0].outputs) == 1 and n.outputs[0].outputs[0].op in _PLAIN for n in group)
 
 
 def _constant(node: gs.Node) -> bool:

@@ -30,7 +30,8 @@ GEMM = '<ir_version: 8, opset_import: ["": 17]> g (float[4, 64] x) => (float[4, 
 def quantized(residual_model):
     model = residual_model()
     data = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)
-    return quantize(model, calibrate(model, open_source(data, model_inputs(model))), target="tensorrt-rtx")[0]
+    ranges = calibrate(model, open_source(data, model_inputs(model)))
+    return quantize(model, ranges, target="tensorrt-rtx", float_part="fp32")[0]
 
 
 @pytest.fixture

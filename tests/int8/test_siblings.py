@@ -60,10 +60,19 @@ def test_siblings_and_their_relu_are_merged():
     assert {"ra", "rb"} <= {name for node in after.graph.node for name in node.output}
 
 
-def test_a_sibling_without_a_relu_leaves_the_other_its_own():
-    text = CSP.replace("rb = Relu(b)", "rb = Sigmoid(b)")
-    after, _ = merged(parse(text, **SHAPES), dict(BOUNDS))
-    assert [node.op_type for node in after.graph.node][:2] == ["Conv", "Split"]
+@pytest.mark.parametrize("other", ["Elu(b)", "HardSwish(b)"])
+def test_siblings_with_another_activation_stay_apart(other):
+    """Measured on common_det, whose activations are SiLU: 16 kernels less, and 2 % more bytes."""
+    _, report = merged(parse(CSP.replace("Relu(b)", other), **SHAPES), dict(BOUNDS))
+    assert report.changed == ()
+
+
+def test_siblings_without_activations_are_merged():
+    text = """(float[1,4,6,6] x) => (float[1,7,6,6] y) {
+      [box] a = Conv(x, w1, b1) [score] b = Conv(x, w2) s = Sigmoid(b)
+      y = Concat<axis=1>(a, s) }"""
+    after, _ = merged(parse(text, **{k: v for k, v in SHAPES.items() if k != "w3"}), dict(BOUNDS))
+    assert [node.op_type for node in after.graph.node] == ["Conv", "Split", "Sigmoid", "Concat"]
 
 
 @pytest.mark.parametrize("change", [("Conv(x, w2)", "Conv<group=2>(x, w4)"), ("Conv(x, w2)", "Conv(x2, w2)")])
@@ -101,10 +110,10 @@ def test_siblings_of_unlike_size_do_not_share_a_scale():
     assert report.changed == ("left+right/Split",)
 
 
-def test_an_output_of_the_network_keeps_its_relu_apart():
+def test_an_output_of_the_network_keeps_siblings_apart():
     text = CSP.replace("(float[1,7,6,6] y)", "(float[1,7,6,6] y, float[1,4,6,6] b)")
-    after, _ = merged(parse(text, **SHAPES), dict(BOUNDS))
-    assert [node.op_type for node in after.graph.node][:2] == ["Conv", "Split"]
+    _, report = merged(parse(text, **SHAPES), dict(BOUNDS))
+    assert report.changed == ()
 
 
 def layers(convs: int, size: int, width: int = 64) -> onnx.ModelProto:
