@@ -78,7 +78,7 @@ def feeds(model: onnx.ModelProto, count: int) -> np.ndarray:
 def int8(model: onnx.ModelProto, target: str) -> onnx.ModelProto:
     """Calibrated on two random samples and quantised."""
     ranges = calibrate(model, open_source(feeds(model, 2), model_inputs(model)))
-    return quantize(model, ranges, target=target)[0]
+    return quantize(model, ranges, target=target, float_part="fp32")[0]
 
 
 def plan(model: onnx.ModelProto) -> str:

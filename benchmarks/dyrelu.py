@@ -111,7 +111,7 @@ def accuracy(model: nn.Module, engine: Path) -> tuple[float, float]:
 def compiled(path: Path, folder: Path) -> str:
     """What TensorRT-RTX makes of the network, from its plan."""
     network, engine = load_model(path), path.with_suffix(".engine")
-    plan = Int8Plan(open_source({"x": digits()[0][:128].numpy()}, model_inputs(network)))
+    plan = Int8Plan(open_source({"x": digits()[0][:128].numpy()}, model_inputs(network)), float_part="fp32")
     one = {"x": ShapeRange(*[(1, 1, SIZE, SIZE)] * 3)}
     built = build_engine(network, engine, BuildConfig("tensorrt-rtx", shapes=one), int8=plan, keep=folder / path.stem)
     audit = built.engine.audit

@@ -135,7 +135,7 @@ def int8(model: onnx.ModelProto, granularity: str) -> onnx.ModelProto:
     (spec,) = model_inputs(model)
     data = np.random.default_rng(0).normal(size=(2, *(spec.shape or ())[1:])).astype(np.float32)
     ranges = calibrate(model, open_source(data, (spec,)))
-    return quantize(model, ranges, target="tensorrt-rtx", weight_granularity=granularity)[0]
+    return quantize(model, ranges, target="tensorrt-rtx", weight_granularity=granularity, float_part="fp32")[0]
 
 
 def row(name: str, form: str, number: str, model: onnx.ModelProto) -> str:

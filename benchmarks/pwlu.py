@@ -128,7 +128,7 @@ def deploy(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Engin
     if kind == "pwlu":
         float_error(model, network)
     calibration, _ = digits(TRAIN_SIZE, slice(64))
-    plan = Int8Plan(open_source({"x": calibration.numpy()}, model_inputs(network)), batch_size=8)
+    plan = Int8Plan(open_source({"x": calibration.numpy()}, model_inputs(network)), batch_size=8, float_part="fp32")
     one = {"x": ShapeRange(*[(1, 3, args.sizes[-1], args.sizes[-1])] * 3)}
     built = {
         "ort": build_engine(network, folder / f"{kind}.ort.onnx", BuildConfig("ort"), int8=plan),

@@ -40,7 +40,7 @@ def shared_noise(weight: npt.NDArray[np.floating], limit: int) -> float:
         limit: Largest code.
 
     >>> round(10 * np.log10(1 / shared_noise(np.array([[1.0, 0.3], [0.01, 0.003]]), 127)))
-    24
+    12
     """
     rows = weight.reshape(weight.shape[0], -1).astype(np.float64)
     scale = weight_scales(rows, None, limit)
