@@ -13,8 +13,9 @@ def int8_options(function: Callable[..., Any]) -> Callable[..., Any]:
     function = click.option(
         "--keep-float",
         multiple=True,
-        metavar="NODE",
-        help="Leave this linear layer in float; may be given several times.",
+        metavar="NODE|N",
+        help="Leave this linear layer in float; may be given several times. A number, with data to measure on: the N "
+        "layers that INT8 damages most.",
     )(function)
     function = click.option(
         "--weight-granularity", type=click.Choice(["auto", "channel", "tensor"]), default="auto", show_default=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option
+from relu_deploy.cli.accuracy_options import Kept, accuracy_options, check_needs_data, inspector, refuse_collapse
+from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
+from relu_deploy.cli.data_options import data_options
 from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
 from relu_deploy.cli.integer_options import integer_lines, integer_options
 from relu_deploy.cli.safety import FileCommand
@@ -34,7 +37,9 @@ _GRAIN = {"channel": "channel", "tensor": "layer", "auto": "layer or channel"}
 @click.option("--ranges", required=True, type=INPUT_FILE, help="Ranges that 'relu-deploy calibrate' measured on MODEL.")
 @click.option("--target", type=click.Choice(TARGETS), default="ort", show_default=True, help="Runtime the file is for.")
 @click.option("-o", "--output", required=True, type=OUTPUT_FILE, help="INT8 ONNX file to write.")
+@data_options(required=False)
 @int8_options
+@accuracy_options
 @integer_options
 @json_option
 def command(
@@ -42,11 +47,18 @@ def command(
     ranges: Path,
     target: str,
     output: Path,
+    data: str | None,
+    preprocess: str | None,
+    samples: int | None,
+    batch_size: int,  # noqa: ARG001 - one sample at a time is compared
     weight_bits: str,
     weight_granularity: str,
     float_part: str,
     channel_fusion: str,
     keep_float: tuple[str, ...],
+    min_sqnr: float,
+    report_path: Path | None,
+    allow_collapse: bool,
     form: str,
     multipliers: Path | None,
     json_path: str | None,
@@ -63,22 +75,39 @@ def command(
       relu-deploy quantize student.onnx --ranges ranges.json --format qoperator --multipliers t.json -o student.q.onnx
     """  # noqa: D301  \b is click's mark for text that keeps its lines
     from calib import ranges as ranges_file
+    from calib.files import write_json
+    from calib.inputs import model_inputs
+    from calib.sources import open_source
     from relu_deploy.graph import load_model, save_model
+    from relu_deploy.int8.drift import measure_drift
     from relu_deploy.int8.qoperator_files import check_integer_options, write_integers
     from relu_deploy.int8.run import quantize
+    from relu_deploy.report import to_json
 
     check_integer_options(target, form, multipliers)
     source = load_model(model)
-    quantized, report = quantize(
-        source,
-        ranges_file.load(ranges),
-        target=target,
-        weight_bits=parse_weight_bits(weight_bits),
-        weight_granularity=weight_granularity,
-        float_part=float_part,
-        channel_fusion=channel_fusion,
-        keep_float=keep_float,
-    )
+    kept = Kept.parse(keep_float, source)
+    check_needs_data(data, kept, report_path)
+    seen = None if data is None else open_source(data, model_inputs(source), preprocess=preprocess)
+    with progress_bar() as progress:
+        quantized, report = quantize(
+            source,
+            ranges_file.load(ranges),
+            target=target,
+            weight_bits=parse_weight_bits(weight_bits),
+            weight_granularity=weight_granularity,
+            float_part=float_part,
+            channel_fusion=channel_fusion,
+            keep_float=kept.names,
+            inspect=None if seen is None else inspector(seen, kept, min_sqnr, progress),
+        )
+    if seen is not None:
+        few = itertools.islice(seen, samples)
+        drift = measure_drift(source, quantized, few, integer_kernels=target == "ort")
+        if report_path is not None:
+            write_json(report_path, to_json({"outputs": drift, "sensitivity": report.sensitivity}))
+        if not allow_collapse:
+            refuse_collapse(drift, report, min_sqnr)
     if form == "qdq" and multipliers is None:
         save_model(quantized, output)
     else:
@@ -98,6 +127,11 @@ def render(report: QuantReport, output: Path | None = None) -> RenderableType:
         lines.append(table)
     if report.fusion is not None and report.fusion.channels:
         lines.append(Text(fusion_line(report.fusion)))
+    if report.sensitivity is not None:
+        found = report.sensitivity
+        text = f"INT8 alone leaves {found.before_db:.1f} dB at the worst output ({found.samples} samples)"
+        kept = f"; {found.after_db:.1f} dB with {len(found.kept)} layers in float" if found.kept else ""
+        lines.append(Text(text + kept))
     forms = Counter(note.split(",")[0] for note in report.folded.values())
     lines.extend(Text(f"{count} x {form}: activations without a kernel of their own") for form, count in forms.items())
     if report.integer is not None:

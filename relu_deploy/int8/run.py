@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -23,6 +23,7 @@ from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.lower_pools import spell_average_pools
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
 from relu_deploy.int8.qoperator_files import IntegerReport
+from relu_deploy.int8.sensitivity import Draft, Sensitivity
 from relu_deploy.int8.shield import shield_float_layers
 from relu_deploy.int8.siblings import merge_siblings
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
@@ -64,6 +65,7 @@ class QuantReport:
         folded: Activation without a kernel of its own -> the form that it got.
         fusion: Channels that were scaled so that one scale fits all.
         islands: Tensors at the shores of float islands whose channels were scaled, and those that were not.
+        sensitivity: Layers by the damage that INT8 does, where data to measure it on was given.
         integer: The form in integer operators and its multipliers, where they were asked for.
         float_part: Type in which what is left in float computes: ``fp32`` or ``fp16``.
         half: Nodes that became float16, and those that stay float32 with the reason.
@@ -84,6 +86,7 @@ class QuantReport:
     half: PassReport | None = None
     merged: PassReport | None = None
     islands: PassReport | None = None
+    sensitivity: Sensitivity | None = None
     integer: IntegerReport | None = None
 
     @property
@@ -104,6 +107,7 @@ def quantize(
     keep_float: Iterable[str] = (),
     check_ranges: bool = True,
     extra_warnings: Iterable[str] = (),
+    inspect: Callable[[Draft], Sensitivity] | None = None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Quantise a float network to INT8 with Q/DQ.
 
@@ -119,6 +123,7 @@ def quantize(
         channel_fusion: ``pow2``, ``free`` or ``off``, see :func:`relu_deploy.int8.fuse.fuse_channels`.
         keep_float: Names of linear layers to leave in float.
         extra_warnings: What the caller found worth warning of; they go into the report.
+        inspect: Measures on the network right before Q/DQ are written which layers are to stay in float too.
         check_ranges: False where the caller knows that ``ranges`` belongs to an equal network with the same tensor
             names.
 
@@ -174,6 +179,10 @@ def quantize(
         placement = with_pooled(graph, placement, learned, bounds)
     _check_layers(placement, keep_float)
     sites = take_back(graph, sites, placement)
+    sensitivity = None
+    if inspect is not None and not sites:
+        sensitivity = inspect(Draft(graph, lifted, placement, bounds, number))
+        placement = _keep_worst(graph, placement, bounds, number, left, sensitivity)
     written = write(graph, placement, bounds, number)
     write_tables(graph, sites, written.activations)
     files.tidy(graph)
@@ -188,7 +197,22 @@ def quantize(
     told = (*cpu_warnings, *opset_warnings, *extra_warnings)
     report = _report(quantized, placement, written, number, told, folded)
     islands = None if evened is None else evened.report
-    return quantized, dataclasses.replace(report, fusion=fusion.report, islands=islands, half=half, merged=merged)
+    return quantized, dataclasses.replace(
+        report, fusion=fusion.report, islands=islands, half=half, merged=merged, sensitivity=sensitivity
+    )
+
+
+def _keep_worst(
+    graph: gs.Graph, placement: Placement, bounds: dict[str, tuple[float, float]], number: NumberFormat,
+    left: Mapping[str, str], found: Sensitivity,
+) -> Placement:  # fmt: skip
+    """The placement with the layers in float that INT8 damages most."""
+    if not found.kept:
+        return placement
+    damage = {layer.layer: layer.sqnr_db for layer in found.layers}
+    kept = {name: f"INT8 leaves {damage[name]:.1f} dB of the outputs by this layer alone" for name in found.kept}
+    earlier = {layer.name: layer.reason for layer in placement.layers if not layer.int8}
+    return place(graph, bounds, number, half=earlier | dict(left) | kept)
 
 
 def _even(

@@ -55,7 +55,7 @@ def write(
         bounds: Tensor name -> smallest and largest value measured, tensor units.
         number: The target's format.
     """
-    written = Written(_scales(placement, bounds, number))
+    written = Written(activation_grids(placement, bounds, number))
     written.dead = [name for name in placement.uses if bounds[name] == (0.0, 0.0)]
     written.faint = [
         name for name in placement.uses if 0 < max(map(abs, bounds[name])) < written.activations[name].scale / 2
@@ -89,7 +89,7 @@ def weight_axis(node: gs.Node) -> int | None:
     return 1 if node.inputs[1].values.ndim == 2 else None
 
 
-def _scales(
+def activation_grids(
     placement: Placement, bounds: Mapping[str, tuple[float, float]], number: NumberFormat
 ) -> dict[str, QParams]:
     """Scale and zero point of every quantised tensor; one for a whole group, from the union of its ranges."""
@@ -158,7 +158,7 @@ def _quantize_constants(graph: gs.Graph, node: gs.Node, number: NumberFormat) ->
 
 def _quantize_layer(graph: gs.Graph, node: gs.Node, number: NumberFormat, written: Written) -> None:
     """Store the weights of one linear layer as INT8 and, where the target wants it, its bias as int32."""
-    weight, bias = _operands(node)
+    weight, bias = layer_operands(node)
     channels, dtype = weight_axis(node), node.inputs[1].values.dtype
     if dead := int((~_alive(weight, channels)).sum()):
         written.dead_channels[node.name] = dead
@@ -187,7 +187,7 @@ def _alive(weight: npt.NDArray[Any], axis: int | None) -> npt.NDArray[np.bool_]:
     return np.asarray(np.any(weight != 0, axis=others))
 
 
-def _operands(node: gs.Node) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+def layer_operands(node: gs.Node) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """Weights and bias (shape ``(C,)``) with Gemm's alpha and beta multiplied in; the attributes are reset."""
     weight = node.inputs[1].values
     third = node.inputs[2] if len(node.inputs) > 2 else None

@@ -1,0 +1,137 @@
+"""The layer that INT8 damages is found, kept in float, and a collapse is refused."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from calib import ranges as ranges_file
+from calib.inputs import model_inputs
+from calib.run import calibrate
+from calib.sources import open_source
+from relu_deploy.cli import main
+from relu_deploy.int8.run import quantize
+from relu_deploy.int8.sensitivity import measure_sensitivity
+
+CHANNELS = 8
+
+
+def fragile_model() -> onnx.ModelProto:
+    """Four layers; the second adds channels that nearly cancel, so that INT8 leaves nothing."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {'
+        "[one] a = Conv(x, w1) [two] b = Conv(a, w2) [s] s = Sigmoid(b) [three] c = Conv(s, w3) [r] r = Relu(c) "
+        "[four] y = Conv(r, w4) }"
+    )
+    # a0 = x0 + x1 / 100 and a1 = -0.7 x0 round differently; a0 + a1 / 0.7 is far below a step of either.
+    first, second = np.zeros((CHANNELS, CHANNELS)), np.zeros((CHANNELS, CHANNELS))
+    for even in range(0, CHANNELS, 2):
+        first[even, [even, even + 1]], first[even + 1, even] = (1, 0.01), -0.7
+        second[even, [even, even + 1]] = second[even + 1, [even, even + 1]] = 100, 100 / 0.7
+        second[even + 1] *= -1
+    parts = {"w1": first, "w2": second, "w3": rng.normal(size=(8, 8)), "w4": rng.normal(size=(8, 8))}
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(v.astype(np.float32).reshape(8, 8, 1, 1), k) for k, v in parts.items()
+    )
+    return onnx.shape_inference.infer_shapes(model)
+
+
+DATA = np.random.default_rng(1).normal(size=(8, CHANNELS, 6, 6)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def fragile():
+    model = fragile_model()
+    source = open_source(DATA, model_inputs(model))
+    return model, source, calibrate(model, source)
+
+
+def inspected(fragile, **options):
+    model, source, ranges = fragile
+    return quantize(
+        model, ranges, target="ort", weight_bits=8, inspect=lambda draft: measure_sensitivity(draft, source, **options)
+    )
+
+
+def test_the_layer_that_loses_most_comes_first(fragile):
+    _, report = inspected(fragile, floor_db=0)
+    found = report.sensitivity
+    assert {layer.layer for layer in found.layers} == {"one", "two", "three", "four"}
+    assert {found.layers[0].layer, found.layers[1].layer} == {"one", "two"}, "they share the tensor that is rounded"
+    assert [layer.sqnr_db for layer in found.layers] == sorted(layer.sqnr_db for layer in found.layers)
+    assert found.kept == ()
+    assert found.before_db <= found.layers[0].sqnr_db + 3, "all together are no better than the worst alone"
+
+
+def test_the_worst_are_kept_and_the_outputs_gain(fragile):
+    plain, _ = inspected(fragile, floor_db=0)
+    kept, report = inspected(fragile, keep=2, floor_db=0)
+    assert set(report.sensitivity.kept) == {"one", "two"}
+    assert {layer.name for layer in report.layers if not layer.int8} == {"one", "two"}
+    assert all("dB" in layer.reason for layer in report.layers if not layer.int8)
+    assert report.sensitivity.after_db > report.sensitivity.before_db + 10
+    assert sum(n.op_type == "QuantizeLinear" for n in kept.graph.node) < sum(
+        n.op_type == "QuantizeLinear" for n in plain.graph.node
+    )
+
+
+def test_no_more_than_a_tenth_is_left_in_float_unasked(fragile):
+    _, report = inspected(fragile, floor_db=190)
+    assert report.sensitivity.kept == ()
+    assert report.int8_layers == 4
+
+
+def test_what_is_predicted_is_what_the_file_does(fragile):
+    from relu_deploy.int8.drift import measure_drift
+
+    model, source, _ = fragile
+    # Where layers are kept in float other tensors are rounded around them, which the switches only come close to.
+    for keep, within in ((0, 0.5), (2, 5.0)):
+        quantized, report = inspected(fragile, keep=keep, floor_db=0)
+        (drift,) = measure_drift(model, quantized, list(source)[:4], integer_kernels=False)
+        assert drift.sqnr_db == pytest.approx(report.sensitivity.after_db, abs=within)
+
+
+@pytest.fixture
+def files(fragile, tmp_path):
+    model, _, ranges = fragile
+    onnx.save(model, tmp_path / "m.onnx")
+    np.save(tmp_path / "d.npy", DATA)
+    ranges_file.save(ranges, tmp_path / "r.json")
+    return tmp_path
+
+
+def run(files, *options):
+    given = [str(files / "m.onnx"), "--ranges", str(files / "r.json"), "-o", str(files / "q.onnx"), *options]
+    return CliRunner().invoke(main, ["quantize", *given, "--weight-bits", "8"])
+
+
+def test_a_collapse_is_no_file(files):
+    asked = ("--calib", str(files / "d.npy"), "--min-sqnr", "20")
+    failed = run(files, *asked)
+    assert failed.exit_code == 1
+    assert not (files / "q.onnx").exists()
+    for part in ("y (", "dB", "two", "--keep-float", "--allow-collapse"):
+        assert part in failed.output
+    assert run(files, *asked, "--allow-collapse").exit_code == 0
+    assert (files / "q.onnx").exists()
+
+
+def test_a_number_of_layers_is_kept_and_reported(files):
+    report = files / "report.json"
+    done = run(files, "--calib", str(files / "d.npy"), "--keep-float", "2", "--report", str(report))
+    assert done.exit_code == 0, done.output
+    assert "2 of 4 linear layers" in done.output
+    found = json.loads(report.read_text())
+    assert set(found["sensitivity"]["kept"]) == {"one", "two"}
+    assert len(found["sensitivity"]["layers"]) == 4
+
+
+@pytest.mark.parametrize("options", [("--keep-float", "2"), ("--report", "r.json")])
+def test_what_needs_data_says_so(files, options):
+    failed = run(files, *options)
+    assert failed.exit_code == 2
+    assert "--calib" in failed.output
