@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -19,6 +20,7 @@ from relu_deploy.errors import QuantizationError, RangesError
 from relu_deploy.graph import load_model, save_model
 from relu_deploy.int8.drift import OutputDrift, measure_drift
 from relu_deploy.int8.run import QuantReport, quantize, refuse_quantized
+from relu_deploy.int8.sensitivity import Draft, Sensitivity, measure_sensitivity, refuse_collapse
 from relu_deploy.passes.run import RewriteReport, rewrite, spell
 from relu_deploy.report import to_json
 
@@ -39,6 +41,7 @@ class Int8Plan:
         method: How a range is chosen from what ``source`` gives, one of :data:`calib.options.METHODS`.
         percentile: Of the method of that name.
         float_part: What is left in float computes in ``fp32`` or ``fp16``; ``auto``: what suits the target.
+        allow_collapse: Build it even where INT8 destroys an output.
     """
 
     source: Source | None = None
@@ -52,6 +55,7 @@ class Int8Plan:
     method: str = "max"
     percentile: float | None = None
     float_part: str = "auto"
+    allow_collapse: bool = False
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.ranges is None):
@@ -136,24 +140,48 @@ def build_engine(
         refuse_quantized(original)
     rewritten, rewrite_report = rewrite(original)
     ranges, quant_report = None, None
+    drift: tuple[OutputDrift, ...] = ()
     if int8 is None:
         network, _ = spell(rewritten, config.target)  # quantising spells by itself, and knows how exact it has to be
     else:
         ranges = _ranges(int8, original, rewritten, progress)
-        network, quant_report = quantize(
-            rewritten, ranges, target=config.target, weight_bits=int8.weight_bits, keep_float=int8.keep_float,
-            check_ranges=False, extra_warnings=_card_warnings(config),
-            weight_granularity=int8.weight_granularity, float_part=int8.float_part, channel_fusion=int8.channel_fusion,
-        )  # fmt: skip
-    drift: tuple[OutputDrift, ...] = ()
-    if int8 is not None and int8.source is not None:
-        drift = measure_drift(rewritten, network, int8.source, integer_kernels=config.target == "ort")
+        network, quant_report, drift = _quantized(rewritten, ranges, int8, config, progress)
     engine = backend.build(network, out, config)
     calibrated = None if ranges is None or int8 is None else _summary(ranges, int8)
     built = EngineBuilt(rewrite_report, calibrated, quant_report, drift, engine, _kept_names(keep, ranges))
     if keep is not None:
         _keep(keep, rewritten, ranges, network, built)
     return built
+
+
+def _quantized(
+    model: onnx.ModelProto, ranges: Ranges, plan: Int8Plan, config: BuildConfig, progress: Progress
+) -> tuple[onnx.ModelProto, QuantReport, tuple[OutputDrift, ...]]:
+    """Quantise and compare; where an output collapses, once more with the worst layers in float.
+
+    Raises:
+        CheckFailedError: an output still collapses, and the plan does not allow it.
+    """
+    source = plan.source
+
+    def attempt(inspect: Callable[[Draft], Sensitivity] | None) -> tuple[onnx.ModelProto, QuantReport]:
+        return quantize(
+            model, ranges, target=config.target, weight_bits=plan.weight_bits, keep_float=plan.keep_float,
+            check_ranges=False, extra_warnings=_card_warnings(config), weight_granularity=plan.weight_granularity,
+            float_part=plan.float_part, channel_fusion=plan.channel_fusion, inspect=inspect,
+        )  # fmt: skip
+
+    network, report = attempt(None)
+    if source is None:
+        return network, report, ()
+    integer = config.target == "ort"
+    drift = measure_drift(model, network, source, integer_kernels=integer)
+    if any(output.collapsed for output in drift):
+        network, report = attempt(lambda draft: measure_sensitivity(draft, source, progress=progress))
+        drift = measure_drift(model, network, source, integer_kernels=integer)
+        if not plan.allow_collapse:
+            refuse_collapse(drift, report.sensitivity)
+    return network, report, drift
 
 
 def _card_warnings(config: BuildConfig) -> tuple[str, ...]:

@@ -10,26 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from relu_deploy.cli.common import OUTPUT_FILE
-from relu_deploy.errors import CheckFailedError
 
 if TYPE_CHECKING:
     import onnx
 
     from calib.progress import Progress
     from calib.sources import Source
-    from relu_deploy.int8.drift import OutputDrift
-    from relu_deploy.int8.run import QuantReport
     from relu_deploy.int8.sensitivity import Draft, Sensitivity
 
-# Layers named by an error.
-_WORST = 3
+allow_collapse_option = click.option(
+    "--allow-collapse", is_flag=True, help="Write the file even where an output is destroyed by INT8."
+)
 
 
 def accuracy_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--min-sqnr``, ``--report`` and ``--allow-collapse``."""
-    function = click.option(
-        "--allow-collapse", is_flag=True, help="Write the file even where an output is below --min-sqnr."
-    )(function)
+    function = allow_collapse_option(function)
     function = click.option(
         "--report", "report_path", type=OUTPUT_FILE, metavar="FILE",
         help="Write the layers, ranked by the damage that INT8 does to each, as JSON. Needs --calib.",
@@ -68,23 +64,3 @@ def check_needs_data(data: str | None, kept: Kept, report_path: Path | None) -> 
     if data is None and (kept.worst or report_path is not None):
         which = "--keep-float with a number" if kept.worst else "--report"
         raise click.UsageError(f"{which} ranks layers by what INT8 does to the outputs, on data: add --calib DATA")
-
-
-def refuse_collapse(drift: Iterable[OutputDrift], report: QuantReport, floor_db: float) -> None:
-    """Raise where an output is worse than it may be.
-
-    Raises:
-        CheckFailedError: names the outputs, the worst layers, and what to do.
-    """
-    bad = [out for out in drift if out.max_abs_error is None or (out.sqnr_db is not None and out.sqnr_db < floor_db)]
-    if not bad:
-        return
-    outputs = ", ".join(f"{o.name} ({'not finite' if o.sqnr_db is None else f'{o.sqnr_db:.1f} dB'})" for o in bad)
-    ranked = () if report.sensitivity is None else report.sensitivity.layers[:_WORST]
-    layers = ", ".join(f"{layer.layer} ({layer.sqnr_db:.1f} dB alone)" for layer in ranked)
-    raise CheckFailedError(
-        f"INT8 destroys the outputs: {outputs}; at least {floor_db:g} dB are asked for"
-        + (f". The worst layers: {layers}" if layers else ""),
-        hint="check that the calibration data is what the network is fed in use; then --keep-float N leaves the N "
-        "worst layers in float, --min-sqnr asks for less, and --allow-collapse writes the file as it is",
-    )

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from relu_deploy.cli import inspect, quantize, rewrite
+from relu_deploy.cli.accuracy_options import allow_collapse_option
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options, method_options
 from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
@@ -82,6 +83,7 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @click.option(
     "--workspace", type=click.IntRange(min=1), metavar="MIB", help="TensorRT: most scratch memory on the card."
 )
+@allow_collapse_option
 @click.option(
     "--require-int8", is_flag=True, help="Write no engine (exit 1) when a layer given INT8 would run in float."
 )
@@ -92,7 +94,8 @@ def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
     samples: int | None, batch_size: int, method: str, percentile: float | None, ranges: Path | None, weight_bits: str,
     weight_granularity: str, float_part: str, channel_fusion: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
-    shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, require_int8: bool,
+    shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, allow_collapse: bool,
+    require_int8: bool,
     log: Path | None, keep: Path | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Build an engine from MODEL.onnx.
@@ -139,6 +142,7 @@ def command(
             method,
             percentile,
             float_part,
+            allow_collapse,
         )
     with progress_bar() as progress:
         built = build_engine(network, output, config, int8=plan, keep=keep, progress=progress)

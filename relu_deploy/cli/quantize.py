@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from relu_deploy.cli.accuracy_options import Kept, accuracy_options, check_needs_data, inspector, refuse_collapse
+from relu_deploy.cli.accuracy_options import Kept, accuracy_options, check_needs_data, inspector
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
 from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
@@ -82,6 +82,7 @@ def command(
     from relu_deploy.int8.drift import measure_drift
     from relu_deploy.int8.qoperator_files import check_integer_options, write_integers
     from relu_deploy.int8.run import quantize
+    from relu_deploy.int8.sensitivity import refuse_collapse
     from relu_deploy.report import to_json
 
     check_integer_options(target, form, multipliers)
@@ -107,7 +108,7 @@ def command(
         if report_path is not None:
             write_json(report_path, to_json({"outputs": drift, "sensitivity": report.sensitivity}))
         if not allow_collapse:
-            refuse_collapse(drift, report, min_sqnr)
+            refuse_collapse(drift, report.sensitivity, min_sqnr)
     if form == "qdq" and multipliers is None:
         save_model(quantized, output)
     else:

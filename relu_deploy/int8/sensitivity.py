@@ -22,8 +22,8 @@ from calib.progress import Progress, silent
 from calib.runtime import RUNTIME_ERRORS
 from calib.session import open_session
 from relu_deploy import graph as files
-from relu_deploy.errors import QuantizationError
-from relu_deploy.int8.drift import COLLAPSE_DB, sqnr_db
+from relu_deploy.errors import CheckFailedError, QuantizationError
+from relu_deploy.int8.drift import COLLAPSE_DB, OutputDrift, sqnr_db
 from relu_deploy.int8.formats import NumberFormat, quantize_symmetric, weight_scales
 from relu_deploy.int8.granularity import shares_scale
 from relu_deploy.int8.place import Placement
@@ -33,6 +33,8 @@ from relu_deploy.int8.write import activation_grids, layer_operands, weight_axis
 SAMPLES = 4
 # At most this part of the linear layers is left in float without being asked to.
 MOST_FLOAT = 0.1
+# Layers named by an error.
+_NAMED = 3
 _SWITCHES = "relu_deploy/switches"
 # Past this a rounding cannot be seen at the outputs at all.
 _CLEAN_DB = 200.0
@@ -125,6 +127,26 @@ def measure_sensitivity(
     if not keep and after < before + 1:  # decibels: a layer in float is to be worth its time
         kept, after = [], before
     return Sensitivity(switched.samples, before, after, tuple(found), tuple(kept))
+
+
+def refuse_collapse(drift: Iterable[OutputDrift], found: Sensitivity | None, floor_db: float = COLLAPSE_DB) -> None:
+    """Raise where an output is worse than it may be.
+
+    Raises:
+        CheckFailedError: names the outputs, the worst layers, and what to do.
+    """
+    bad = [out for out in drift if out.max_abs_error is None or (out.sqnr_db is not None and out.sqnr_db < floor_db)]
+    if not bad:
+        return
+    outputs = ", ".join(f"{o.name} ({'not finite' if o.sqnr_db is None else f'{o.sqnr_db:.1f} dB'})" for o in bad)
+    ranked = () if found is None else found.layers[:_NAMED]
+    layers = ", ".join(f"{layer.layer} ({layer.sqnr_db:.1f} dB alone)" for layer in ranked)
+    raise CheckFailedError(
+        f"INT8 destroys the outputs: {outputs}; at least {floor_db:g} dB are asked for"
+        + (f". The worst layers: {layers}" if layers else ""),
+        hint="check that the calibration data is what the network is fed in use; then keep the worst layers in float "
+        "(--keep-float; 'quantize --keep-float N' finds them), or write the file as it is (--allow-collapse)",
+    )
 
 
 class _Switched:

@@ -48,6 +48,7 @@ def test_the_method_of_calibration_decides_the_scales(folder):
         result = invoke(
             folder / "model.onnx", "--int8", "--calib", folder / "data.npy", "--calib-method", method, *more,
             "-o", folder / "engine.onnx", "--json", folder / "report.json",
+            "--allow-collapse",  # a tenth of all values cut off is more than this network bears
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         report = json.loads((folder / "report.json").read_text())

@@ -1,5 +1,6 @@
 """The layer that INT8 damages is found, kept in float, and a collapse is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,13 +13,16 @@ from calib.inputs import model_inputs
 from calib.run import calibrate
 from calib.sources import open_source
 from relu_deploy.cli import main
+from relu_deploy.engines.base import BuildConfig
+from relu_deploy.errors import CheckFailedError
+from relu_deploy.flow import Int8Plan, build_engine
 from relu_deploy.int8.run import quantize
 from relu_deploy.int8.sensitivity import measure_sensitivity
 
 CHANNELS = 8
 
 
-def fragile_model() -> onnx.ModelProto:
+def fragile_model(share: float = 0.01) -> onnx.ModelProto:
     """Four layers; the second adds channels that nearly cancel, so that INT8 leaves nothing."""
     rng = np.random.default_rng(0)
     model = onnx.parser.parse_model(
@@ -26,11 +30,11 @@ def fragile_model() -> onnx.ModelProto:
         "[one] a = Conv(x, w1) [two] b = Conv(a, w2) [s] s = Sigmoid(b) [three] c = Conv(s, w3) [r] r = Relu(c) "
         "[four] y = Conv(r, w4) }"
     )
-    # a0 = x0 + x1 / 100 and a1 = -0.7 x0 round differently; a0 + a1 / 0.7 is far below a step of either.
+    # a0 = x0 + share x1 and a1 = -0.7 x0 round differently; a0 + a1 / 0.7 is far below a step of either.
     first, second = np.zeros((CHANNELS, CHANNELS)), np.zeros((CHANNELS, CHANNELS))
     for even in range(0, CHANNELS, 2):
-        first[even, [even, even + 1]], first[even + 1, even] = (1, 0.01), -0.7
-        second[even, [even, even + 1]] = second[even + 1, [even, even + 1]] = 100, 100 / 0.7
+        first[even, [even, even + 1]], first[even + 1, even] = (1, share), -0.7
+        second[even, [even, even + 1]] = second[even + 1, [even, even + 1]] = 1 / share, 1 / share / 0.7
         second[even + 1] *= -1
     parts = {"w1": first, "w2": second, "w3": rng.normal(size=(8, 8)), "w4": rng.normal(size=(8, 8))}
     model.graph.initializer.extend(
@@ -135,3 +139,15 @@ def test_what_needs_data_says_so(files, options):
     failed = run(files, *options)
     assert failed.exit_code == 2
     assert "--calib" in failed.output
+
+
+def test_build_engine_refuses_a_collapse(tmp_path):
+    model = fragile_model(1e-4)
+    plan = Int8Plan(open_source(DATA, model_inputs(model)), weight_bits=8)
+    with pytest.raises(CheckFailedError, match="INT8 destroys the outputs: y"):
+        build_engine(model, tmp_path / "e.onnx", BuildConfig("ort"), int8=plan)
+    assert not list(tmp_path.iterdir())
+    allowed = dataclasses.replace(plan, allow_collapse=True)
+    built = build_engine(model, tmp_path / "e.onnx", BuildConfig("ort"), int8=allowed)
+    assert built.drift[0].collapsed
+    assert built.quantize.sensitivity.layers
