@@ -174,15 +174,19 @@ def quantize(
     left = cheaper_in_half(graph, number, keep=frozenset(keep_float))
     merged = merge_siblings(graph, bounds, skip={*left, *keep_float}, number=number) if number.merges else None
     files.tidy(graph)
-    placement = place(graph, bounds, number, keep_float=keep_float, half=left, splits=merged.changed if merged else ())
-    if not number.unsigned:
-        placement = with_pooled(graph, placement, learned, bounds)
+    splits = merged.changed if merged else ()
+
+    def placed(floats: Mapping[str, str]) -> Placement:
+        found = place(graph, bounds, number, keep_float=keep_float, half=floats, splits=splits)
+        return found if number.unsigned else with_pooled(graph, found, learned, bounds)
+
+    placement = placed(left)
     _check_layers(placement, keep_float)
     sites = take_back(graph, sites, placement)
     sensitivity = None
     if inspect is not None and not sites:
         sensitivity = inspect(Draft(graph, lifted, placement, bounds, number))
-        placement = _keep_worst(graph, placement, bounds, number, left, sensitivity)
+        placement = placed({**left, **_damaged(sensitivity)}) if sensitivity.kept else placement
     written = write(graph, placement, bounds, number)
     write_tables(graph, sites, written.activations)
     files.tidy(graph)
@@ -202,17 +206,10 @@ def quantize(
     )
 
 
-def _keep_worst(
-    graph: gs.Graph, placement: Placement, bounds: dict[str, tuple[float, float]], number: NumberFormat,
-    left: Mapping[str, str], found: Sensitivity,
-) -> Placement:  # fmt: skip
-    """The placement with the layers in float that INT8 damages most."""
-    if not found.kept:
-        return placement
+def _damaged(found: Sensitivity) -> dict[str, str]:
+    """The layers to leave in float because INT8 damages them most, and the damage as the reason."""
     damage = {layer.layer: layer.sqnr_db for layer in found.layers}
-    kept = {name: f"INT8 leaves {damage[name]:.1f} dB of the outputs by this layer alone" for name in found.kept}
-    earlier = {layer.name: layer.reason for layer in placement.layers if not layer.int8}
-    return place(graph, bounds, number, half=earlier | dict(left) | kept)
+    return {name: f"INT8 leaves {damage[name]:.1f} dB of the outputs by this layer alone" for name in found.kept}
 
 
 def _even(
