@@ -100,7 +100,9 @@ def last_words(text: str, code: int) -> str:
     'ended with -9'
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    raised = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Fail", "InvalidGraph"))]
+    kinds = ("Error", "Exception", "Fail", "InvalidGraph")
+    # A command that another one called has said before why it failed.
+    raised = [x for x in lines if x.split(":")[0].endswith(kinds) and "CalledProcessError" not in x]
     return " ".join((raised or lines or [f"ended with {code}"])[-1].split())[:200]
 
 

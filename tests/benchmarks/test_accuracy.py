@@ -143,6 +143,7 @@ def test_kernels_are_counted_in_what_the_runtime_made(part, tmp_path):
     [
         ("a\n\nonnx.checker.ValidationError: Bad\nmore: text", 1, "onnx.checker.ValidationError: Bad"),
         ("KeyError: 'x'\nDuring handling\nRuntimeError:   two  blanks", 1, "RuntimeError: two blanks"),
+        ("Error: no luck\nFix: try\nsubprocess.CalledProcessError: Command ['x']", 1, "Error: no luck"),
         ("Killed", -9, "Killed"),
         ("", 3, "ended with 3"),
     ],
