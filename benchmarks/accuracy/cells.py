@@ -25,22 +25,25 @@ from calib.files import make_folder, read_json, write_json
 ROOT = Path(__file__).parents[2]
 MINE = ROOT / "benchmarks" / "accuracy"
 SECONDS, BYTES = 900, 16 << 30
+MISSING = "not run"
 
 
-def cell(task: Task, tool: Tool, work: Path) -> dict[str, Any]:
-    """The cell's result, made now where it is not there yet.
+def cell(task: Task, tool: Tool, work: Path, *, kept: bool = False) -> dict[str, Any]:
+    """The cell's result, made now where it is not there yet; with ``kept`` the ``error`` then says that it was not run.
 
     Returns:
         ``error``: None, or a line that says why there is no result; else what
         :func:`benchmarks.accuracy.evaluate.evaluate` found.
     """
-    made, key = _quantised(task, tool, work)
+    made, key = _quantised(task, tool, work, kept=kept)
     if made["error"] is not None:
         return made
     sources = [MINE / name for name in ("evaluate.py", "layers.py", "scores.py", "task.py")]
     sources.append(MINE / "tasks" / f"{TASKS[task.name]}.py")
     how = [] if tool.integer_kernels else ["--float-arithmetic"]
     result = work / "results" / f"{task.name}-{_digest(key, how, texts(sources))}.json"
+    if kept and not result.is_file():
+        return {"error": MISSING}
     if not result.is_file():
         command = [sys.executable, "-m", "benchmarks.accuracy.evaluate", task.name, str(work), made["file"]]
         error = limited([*command, str(result), *how], result.with_suffix(".log"))
@@ -49,7 +52,7 @@ def cell(task: Task, tool: Tool, work: Path) -> dict[str, Any]:
     return {"error": None, **read_json(result)}
 
 
-def _quantised(task: Task, tool: Tool, work: Path) -> tuple[dict[str, Any], str]:
+def _quantised(task: Task, tool: Tool, work: Path, *, kept: bool) -> tuple[dict[str, Any], str]:
     """The quantised file, and the key of what made it."""
     sources = [HERE / "samples.py", HERE / f"quantize_{tool.environment}.py"]
     if tool.environment == "ours":
@@ -58,6 +61,8 @@ def _quantised(task: Task, tool: Tool, work: Path) -> tuple[dict[str, Any], str]
     folder = work / "cells" / f"{task.name}-{tool.environment}-{key}"
     make_folder(folder)
     result, output = folder / "result.json", folder / "int8.onnx"
+    if kept and not result.is_file():
+        return {"error": MISSING}, key
     if not result.is_file():
         python = python_of(tool.environment, work / "venvs")
         script = HERE / f"quantize_{tool.environment}.py"

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.accuracy.cells import MISSING
 from benchmarks.accuracy.peers.tools import ENVIRONMENTS, Tool
 from benchmarks.accuracy.task import Plan
 from relu_deploy.machine import describe_machine, lacks_vnni
@@ -165,7 +166,8 @@ def _table(rows: Sequence[Row]) -> str:
     lines: list[tuple[str, ...]] = [("tool", "int8 by Q/DQ", "by kernels", "SQNR", *metrics)]
     for row in rows:
         if row.error is not None:
-            lines.append((row.tool.name, "failed", "", "", _plain(row.error), *("" for _ in metrics[1:])))
+            how, why = ("not run", "") if row.error == MISSING else ("failed", _plain(row.error))
+            lines.append((row.tool.name, how, "", "", why, *("" for _ in metrics[1:])))
             continue
         found = row.result
         lines.append((

@@ -29,19 +29,20 @@ def main() -> None:
     parser.add_argument("--only", type=_names, default=tuple(TASKS), help=f"tasks, of {','.join(TASKS)}")
     parser.add_argument("--tools", type=_names, default=(), help="tools whose name begins with one of these")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the page of what is finished")
     parser.add_argument("--output", type=Path, help="also write the page here")
     given = parser.parse_args()
     os.environ["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     chosen = [tool for name, tool in tools().items() if not given.tools or name.startswith(given.tools)]
     work = given.work.resolve()
-    rows = list(fill(given.only, chosen, work, given.jobs))
+    rows = list(fill(given.only, chosen, work, given.jobs, kept=given.kept))
     text = page(rows)
     print(text)
     if given.output is not None:
         write_text(given.output, text)
 
 
-def fill(names: Iterable[str], chosen: list[Tool], work: Path, jobs: int) -> Iterable[Row]:
+def fill(names: Iterable[str], chosen: list[Tool], work: Path, jobs: int, *, kept: bool) -> Iterable[Row]:
     """All cells, in the order of the table."""
     for environment in {tool.environment for tool in chosen}:
         python_of(environment, work / "venvs")
@@ -50,7 +51,7 @@ def fill(names: Iterable[str], chosen: list[Tool], work: Path, jobs: int) -> Ite
         fitting = [tool for tool in chosen if not tool.only or name in tool.only]
 
         def one(tool: Tool, task: Any = task) -> Row:
-            row = Row(task.plan, tool, cell(task, tool, work))
+            row = Row(task.plan, tool, cell(task, tool, work, kept=kept))
             print(f"{task.name:12} {tool.name:45} {row.line()}", flush=True)
             return row
 
