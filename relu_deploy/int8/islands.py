@@ -207,12 +207,12 @@ def even_factors(low: Array, high: Array) -> Array:
         high: Largest, not below 0.
 
     Returns:
-        ``(C,)``; 1 for channels that are always 0. The largest is a power of two near 1.
+        ``(C,)``; 1 for channels that are always 0, or too small for float32. The largest is a power of two near 1.
 
     >>> even_factors(np.array([-1.0, -4.0, 0.0]), np.array([3.0, 12.0, 0.0])).tolist()
     [1.0, 0.25, 1.0]
     """
-    alive = (low < 0) | (high > 0)
+    alive = np.maximum(-low, high) >= _TINY
     if not alive.any():
         return np.ones(low.size)
     zero = np.arange(_CODES + 1)[:, None]

@@ -281,7 +281,6 @@ class _Wanted:
                 if constant:
                     self.constants.add(node.name)
 
-
     def _ends_in(self, tensor: gs.Variable, concat: gs.Node) -> bool:
         """Whether a tensor is only there to be concatenated: a scale of its own would then be a second rounding.
 

@@ -151,3 +151,25 @@ def test_build_engine_refuses_a_collapse(tmp_path):
     built = build_engine(model, tmp_path / "e.onnx", BuildConfig("ort"), int8=allowed)
     assert built.drift[0].collapsed
     assert built.quantize.sensitivity.layers
+
+
+def test_products_of_live_tensors_use_up_no_share_and_outputs_are_taken_clear_of_the_floor():
+    model = fragile_model()
+    tail = [f"[l{i}] t{i} = Conv({f't{i - 1}' if i else 'q'}, w5)" for i in range(16)]
+    products = "[p] u = MatMul(t15, x) [q] v = MatMul(u, x) [r2] z = MatMul(v, x)"
+    body = onnx.printer.to_text(model.graph).split("{")[-1].rpartition("}")[0].replace("y = Conv", "q = Conv")
+    longer = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] z) {'
+        f"{body} {' '.join(tail)} {products} }}"
+    )
+    longer.graph.initializer.extend(model.graph.initializer)
+    longer.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(8, dtype=np.float32)[..., None, None], "w5"))
+    longer = onnx.shape_inference.infer_shapes(longer)
+    source = open_source(DATA, model_inputs(longer))
+    measured = longer, source, calibrate(longer, source)
+    _, report = inspected(measured, floor_db=8)
+    found = report.sensitivity
+    assert 8 < found.before_db < 12, "past the floor by less than such predictions are wrong by"
+    assert found.kept == ("two",), "at most two of twenty layers with weights; one is enough"
+    assert found.after_db > 18
+    assert inspected(measured, floor_db=6)[1].sensitivity.kept == ()
