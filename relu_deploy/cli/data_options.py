@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -33,13 +33,7 @@ def data_options(*, required: bool = True) -> Callable[[Callable[..., Any]], Cal
         click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, metavar="B",
                      help="Samples a run, where the model's batch axis is dynamic; it does not change the result."),
     )  # fmt: skip
-
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return add
+    return _all_of(options)
 
 
 def method_options(method: str, percentile: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -54,9 +48,14 @@ def method_options(method: str, percentile: str) -> Callable[[Callable[..., Any]
         click.option(percentile, "percentile", type=click.FloatRange(0, 100, min_open=True), metavar="P",
                      help=f"For the method percentile.  [default: {PERCENTILE}]"),
     )  # fmt: skip
+    return _all_of(options)
+
+
+def _all_of(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One decorator that adds several options, listed by ``--help`` in their order."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
+        for option in reversed(tuple(options)):
             function = option(function)
         return function
 

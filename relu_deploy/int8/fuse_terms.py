@@ -89,7 +89,7 @@ def _signal(layer: LinearUse, ranges: Ranges) -> float:
             continue
         seen.add(id(tensor))
         if (measured := ranges.tensors.get(tensor.name)) is not None:
-            powers.append(float(_moments(measured, layer.outputs.size).sum()))
+            powers.append(float(second_moments(measured, layer.outputs.size).sum()))
         queue += [reader.outputs[0] for reader in tensor.outputs if reader.op in _ADDING]
     if max(powers) > 0:
         return max(powers)
@@ -103,12 +103,12 @@ def _energy(layer: LinearUse, ranges: Ranges) -> Array:
     measured = ranges.tensors[layer.node.inputs[_data(layer)].name]
     groups = int(layer.node.attrs.get("group", 1)) if rows > 1 else 1
     if layer.node.op == "Mul":
-        return _moments(measured, rows).reshape(-1, 1)
-    moments = _moments(measured, groups * columns).reshape(groups, columns)
+        return second_moments(measured, rows).reshape(-1, 1)
+    moments = second_moments(measured, groups * columns).reshape(groups, columns)
     return moments.repeat(rows // groups, axis=0) if rows > 1 else moments
 
 
-def _moments(measured: TensorRange, channels: int) -> Array:
+def second_moments(measured: TensorRange, channels: int) -> Array:
     """Second moment of each channel, ``(channels,)``: from histograms where there are any, else as maxima tell."""
     low, high, counts = measured.channel_min, measured.channel_max, measured.channel_histograms
     if counts is not None and len(counts) == channels:

@@ -27,7 +27,7 @@ from calib.ranges import TensorRange
 from relu_deploy.int8.formats import NumberFormat
 from relu_deploy.int8.fuse_factors import choose_factors
 from relu_deploy.int8.fuse_noise import Array, Product, Span
-from relu_deploy.int8.fuse_terms import _moments
+from relu_deploy.int8.fuse_terms import second_moments
 from relu_deploy.int8.islands_absorb import absorb, times
 from relu_deploy.int8.islands_tails import live_range
 from relu_deploy.int8.islands_terms import inlet_terms
@@ -66,7 +66,7 @@ def channels_of(measured: TensorRange, samples: int) -> Channels | None:
     """
     if measured.channel_min is None or measured.channel_max is None:
         return None
-    power = _moments(measured, measured.channel_min.size)
+    power = second_moments(measured, measured.channel_min.size)
     margin = 1 + 2 / math.log(samples + 1)
     low, high = measured.channel_min.astype(np.float64) * margin, measured.channel_max.astype(np.float64) * margin
     return Channels(np.clip(low, measured.min, measured.max), np.clip(high, measured.min, measured.max), power)

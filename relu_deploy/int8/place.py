@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 
 from relu_deploy.int8.formats import NumberFormat
 from relu_deploy.int8.granularity import shares_scale
+from relu_deploy.int8.unions import Unions
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 RECURRENT_OPS = ("LSTM", "GRU", "RNN")
@@ -477,17 +478,7 @@ def _merge(pairs: Iterable[tuple[str, str]]) -> tuple[frozenset[str], ...]:
     >>> sorted(map(sorted, _merge([("a", "b"), ("c", "d"), ("b", "e")])))
     [['a', 'b', 'e'], ['c', 'd']]
     """
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
+    unions = Unions()
     for left, right in pairs:
-        parent[root(left)] = root(right)
-    members: dict[str, set[str]] = {}
-    for name in parent:
-        members.setdefault(root(name), set()).add(name)
-    return tuple(frozenset(names) for names in members.values() if len(names) > 1)
+        unions.join(left, right)
+    return tuple(frozenset(names) for names in unions.sets() if len(names) > 1)

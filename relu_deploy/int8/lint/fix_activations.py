@@ -13,6 +13,7 @@ from relu_deploy.int8.formats import DEAD_ACTIVATION_SCALE
 from relu_deploy.int8.lint.codes import BYTES, WHOLE
 from relu_deploy.int8.lint.edit import add_constant, dtype_of, forget_type, insert_before, set_attribute
 from relu_deploy.int8.lint.network import OWN_DOMAINS, Network, Quantizer, is_quantizer
+from relu_deploy.int8.unions import Unions
 from relu_deploy.report import PassReport, Skip
 from relu_deploy.targets import Target
 
@@ -70,14 +71,7 @@ def mend_activations(model: onnx.ModelProto, target: Target) -> PassReport:
 
 def _groups(net: Network) -> list[list[Quantizer]]:
     """Quantisers joined by tensors of codes, through what moves codes."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
+    unions = Unions()
     quantizers = [*net.quantizers, *(dq for dq in net.dequantizers if not net.is_constant(dq.source))]
     codes = {q.output if q.node.op_type == "QuantizeLinear" else q.source for q in quantizers}
     waiting = list(codes)
@@ -86,14 +80,11 @@ def _groups(net: Network) -> list[list[Quantizer]]:
         for node in net.readers(tensor):
             if _moves(node):
                 others = [*node.output, *(node.input if node.op_type == "Concat" else ())]
-                for other in others:
-                    if other and root(other) != root(tensor):
-                        parent[root(other)] = root(tensor)
-                        waiting.append(other)
+                waiting.extend([other for other in others if other and unions.join(other, tensor)])
     members: dict[str, list[Quantizer]] = {}
     for q in quantizers:
         if not net.is_constant(q.source):
-            members.setdefault(root(q.output if q.node.op_type == "QuantizeLinear" else q.source), []).append(q)
+            members.setdefault(unions.root(q.output if q.node.op_type == "QuantizeLinear" else q.source), []).append(q)
     return list(members.values())
 
 
