@@ -173,7 +173,7 @@ def test_a_unet_keeps_its_conv_transpose_in_float_and_says_so(tmp_path: Path, sm
 
 @pytest.mark.parametrize(("groups", "stride", "size"), [(1, 2, 2), (1, 2, 4), (32, 2, 2), (1, 1, 3)])
 def test_the_compiler_does_ignore_qdq_on_conv_transpose(tmp_path: Path, groups: int, stride: int, size: int) -> None:
-    """What place.py says of this compiler. When this fails with a newer one, the quantiser may promise int8 there."""
+    """What placement says of this compiler. When this fails with a newer one, the quantiser may promise int8 there."""
     text = f"""(float[1,32,8,8] x) => (float[1,32,H,W] y) {{
       [c1] a = Conv(x, w1) r = Relu(a) [up] b = ConvTranspose<strides=[{stride},{stride}], group={groups}>(r, w2)
       y = Relu(b) }}"""
