@@ -27,7 +27,8 @@ from relu_deploy.int8.drift import COLLAPSE_DB, OutputDrift, sqnr_db
 from relu_deploy.int8.formats import NumberFormat, quantize_symmetric, weight_scales
 from relu_deploy.int8.granularity import shares_scale
 from relu_deploy.int8.place import Placement
-from relu_deploy.int8.write import activation_grids, layer_operands, weight_axis
+from relu_deploy.int8.store import layer_operands, weight_axis
+from relu_deploy.int8.write import activation_grids
 
 # Enough to rank layers by, few enough for minutes at most.
 SAMPLES = 4
@@ -227,6 +228,8 @@ class _Switched:
         for name in sorted(draft.placement.chosen):
             node = nodes[name]
             weight, bias = layer_operands(node)
+            node.attrs.pop("alpha", None)
+            node.attrs.pop("beta", None)
             axis = None if shares_scale(node, draft.number) else weight_axis(node)
             scales = weight_scales(weight, axis, draft.number.weight_max)
             steps = scales.reshape([-1 if at == axis else 1 for at in range(weight.ndim)] if scales.ndim else ())

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from relu_deploy.int8.formats import (
-    NumberFormat,
-    QParams,
-    activation_qparams,
-    half_scales,
-    quantize_symmetric,
-    weight_scales,
-    widen_for_bias,
-)
-from relu_deploy.int8.granularity import shares_scale
+from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, quantize_symmetric
 from relu_deploy.int8.place import Placement, clip_bounds, is_clipping
+from relu_deploy.int8.store import Stored, alive, store, weight_axis
+from relu_deploy.passes.edit import set_input
 
 _INT32 = (1 << 31) - 1
 
@@ -45,8 +39,9 @@ class Written:
 
 
 def write(
-    graph: gs.Graph, placement: Placement, bounds: Mapping[str, tuple[float, float]], number: NumberFormat
-) -> Written:
+    graph: gs.Graph, placement: Placement, bounds: Mapping[str, tuple[float, float]], number: NumberFormat,
+    chosen: Mapping[str, Stored] = MappingProxyType({}),
+) -> Written:  # fmt: skip
     """Put Q/DQ into a graph, in place; the caller cleans up and sorts.
 
     Args:
@@ -54,6 +49,7 @@ def write(
         placement: From :func:`relu_deploy.int8.place.place`.
         bounds: Tensor name -> smallest and largest value measured, tensor units.
         number: The target's format.
+        chosen: Layer -> its weights, where they are not simply the nearest codes.
     """
     written = Written(activation_grids(placement, bounds, number))
     written.dead = [name for name in placement.uses if bounds[name] == (0.0, 0.0)]
@@ -71,22 +67,11 @@ def write(
         _quantize_constants(graph, nodes[name], number)
     for layer in placement.layers:
         if layer.int8:
-            _quantize_layer(graph, nodes[layer.name], number, written)
+            node = nodes[layer.name]
+            scale = _scale_read(node) if number.integer_bias else 1.0
+            stored = chosen.get(layer.name) or store(node, number, scale)
+            _quantize_layer(graph, node, stored, number, written)
     return written
-
-
-def weight_axis(node: gs.Node) -> int | None:
-    """Output-channel axis of a linear layer's weights; None where no single axis is (they get one scale).
-
-    ConvTranspose keeps its output channels on axis 1 (TensorRT#2380), and with groups they are spread over two axes.
-    """
-    if node.op == "Conv":
-        return 0
-    if node.op == "ConvTranspose":
-        return 1 if node.attrs.get("group", 1) == 1 else None
-    if node.op == "Gemm":
-        return 0 if node.attrs.get("transB", 0) else 1
-    return 1 if node.inputs[1].values.ndim == 2 else None
 
 
 def activation_grids(
@@ -98,6 +83,11 @@ def activation_grids(
         union = min(bounds[name][0] for name in group), max(bounds[name][1] for name in group)
         shared.update(dict.fromkeys(group, union))
     return {name: activation_qparams(*shared.get(name, bounds[name]), number) for name in placement.uses}
+
+
+def _scale_read(node: gs.Node) -> float:
+    """Scale of what a layer reads, behind its DequantizeLinear."""
+    return float(node.inputs[0].inputs[0].inputs[1].values)
 
 
 def _without_clipping(tensor: gs.Variable, qparams: QParams, written: Written) -> gs.Variable:
@@ -156,49 +146,25 @@ def _quantize_constants(graph: gs.Graph, node: gs.Node, number: NumberFormat) ->
             )  # fmt: skip
 
 
-def _quantize_layer(graph: gs.Graph, node: gs.Node, number: NumberFormat, written: Written) -> None:
-    """Store the weights of one linear layer as INT8 and, where the target wants it, its bias as int32."""
-    weight, bias = layer_operands(node)
-    channels, dtype = weight_axis(node), node.inputs[1].values.dtype
-    if dead := int((~_alive(weight, channels)).sum()):
+def _quantize_layer(graph: gs.Graph, node: gs.Node, stored: Stored, number: NumberFormat, written: Written) -> None:
+    """Put the stored weights of one linear layer in its place and, where the target wants it, its bias as int32."""
+    dtype = node.inputs[1].values.dtype
+    if dead := int((~alive(node.inputs[1].values, weight_axis(node))).sum()):
         written.dead_channels[node.name] = dead
-    axis = None if shares_scale(node, number) else channels
-    scales, alive = weight_scales(weight, axis, number.weight_max), _alive(weight, axis)
-    scales = half_scales(scales) if number.half and dtype == np.float32 else scales
-    if number.integer_bias and bias is not None:
-        input_scale = float(node.inputs[0].inputs[0].inputs[1].values)
-        scales = widen_for_bias(scales, input_scale, bias, alive)
-        bias_scales = np.asarray(scales * np.float32(input_scale), dtype=np.float32)
-        codes = quantize_symmetric(bias, bias_scales, 0, _INT32).astype(np.int32)
-        node.inputs[2] = _dequantized(
-            graph, f"{node.name}/bias", codes, bias_scales, np.zeros_like(bias_scales, dtype=np.int32), 0
-        )
-    elif bias is not None:
-        node.inputs[2] = gs.Constant(f"{node.name}/bias", bias.astype(dtype))
-    codes8 = quantize_symmetric(weight, scales, axis, number.weight_max).astype(np.int8)
+    if number.integer_bias and stored.bias is not None:
+        scales = np.asarray(stored.scales * np.float32(_scale_read(node)), dtype=np.float32)
+        codes = quantize_symmetric(stored.bias, scales, 0, _INT32).astype(np.int32)
+        bias = _dequantized(graph, f"{node.name}/bias", codes, scales, np.zeros_like(scales, dtype=np.int32), 0)
+        set_input(node, 2, bias)
+    elif stored.bias is not None:
+        set_input(node, 2, gs.Constant(f"{node.name}/bias", stored.bias.astype(dtype)))
+    node.attrs.pop("alpha", None)  # they are in what is stored
+    if stored.bias is not None:
+        node.attrs.pop("beta", None)
     node.inputs[1] = _dequantized(
-        graph, f"{node.name}/weight", codes8, scales.astype(dtype), np.zeros_like(scales, dtype=np.int8), axis
-    )
-
-
-def _alive(weight: npt.NDArray[Any], axis: int | None) -> npt.NDArray[np.bool_]:
-    """Where a channel holds a weight other than 0; shape ``(C,)``, or ``()`` without an axis."""
-    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
-    return np.asarray(np.any(weight != 0, axis=others))
-
-
-def layer_operands(node: gs.Node) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Weights and bias (shape ``(C,)``) with Gemm's alpha and beta multiplied in; the attributes are reset."""
-    weight = node.inputs[1].values
-    third = node.inputs[2] if len(node.inputs) > 2 else None
-    bias = third.values if isinstance(third, gs.Constant) else None
-    if node.op == "Gemm":
-        weight = weight * weight.dtype.type(node.attrs.pop("alpha", 1.0))
-        columns = weight.shape[0 if node.attrs.get("transB", 0) else 1]
-        beta = node.attrs.pop("beta", 1.0)
-        if bias is not None:
-            bias = np.broadcast_to(bias.reshape(-1) * bias.dtype.type(beta), (columns,))
-    return weight, bias
+        graph, f"{node.name}/weight", stored.codes, stored.scales.astype(dtype),
+        np.zeros_like(stored.scales, dtype=np.int8), stored.axis,
+    )  # fmt: skip
 
 
 def _dequantized(
