@@ -22,6 +22,7 @@ from calib.errors import first_line
 from calib.files import atomic_path, check_writable, require_file
 from calib.model import PROTOBUF_LIMIT, STANDARD_DOMAINS, all_nodes, fits_one_message, opset, tensor_bytes
 from relu_deploy import ops
+from relu_deploy.distinct import make_distinct
 from relu_deploy.errors import FileError, ModelError, NetworkWarning
 from relu_deploy.untrusted import check_parsed
 
@@ -32,8 +33,9 @@ MAX_EXTERNAL_BYTES = 1 << 36
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
 MIN_OPSET = 7
-# The first IR version with local functions.
+# The first IR version with local functions, and the first whose initialisers need not be inputs of the graph too.
 _FUNCTION_IR = 8
+_PLAIN_INITIALISERS_IR = 4
 # Metadata of a network whose activations were replaced without training; the value says what it is for.
 WHAT_IF = "relu_deploy.what_if"
 # The checker is C++: besides its own errors come those of the standard library, and of names that are no text.
@@ -281,20 +283,21 @@ def import_graph(model: onnx.ModelProto) -> gs.Graph:
 
 
 def tidy(graph: gs.Graph) -> None:
-    """Drop what nobody reads and sort the nodes, in place.
+    """Tell tensors of one name apart, drop what nobody reads and sort the nodes, in place.
 
     Not the local functions: graphsurgeon 0.6.1 recurses without end where there are functions and an If, Loop or Scan.
     """
+    make_distinct(graph)  # while new nodes still stand behind the old ones
     graph.cleanup(remove_unused_graph_inputs=False).toposort(mode="nodes")
 
 
 def export_graph(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn a graph back into a model that keeps the IR version, metadata and producer of ``like``."""
+    """Turn a graph back into a model that keeps the IR version (of 4 and later), metadata and producer of ``like``."""
     tidy(graph)
     empty = _take_empty_lists(graph)
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     _put_empty_lists(model, like, empty)
-    model.ir_version = like.ir_version
+    model.ir_version = max(like.ir_version, _PLAIN_INITIALISERS_IR)
     model.producer_name, model.producer_version = like.producer_name, like.producer_version
     model.domain, model.model_version, model.doc_string = like.domain, like.model_version, like.doc_string
     del model.metadata_props[:]
