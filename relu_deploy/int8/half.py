@@ -2,8 +2,8 @@
 
 Strongly typed networks compute in the types of the file, so what is to run in half has to be written in half. Left in
 float32, with casts around it, is what float16 would get wrong: values past its range (by calibration, or by what the
-weights allow), constants that vanish in it (the 1e-12 in a normalisation), sums that pass its range before a mean, and
-operators that square or exponentiate.
+weights allow), values and constants that vanish in it (the 1e-12 in a normalisation), sums that pass its range before a
+mean, and operators that square or exponentiate.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from relu_deploy.int8.half_scales import agree, carried, holds
 from relu_deploy.report import PassReport, Skip
 
 HALF, FLOAT = np.dtype(np.float16), np.dtype(np.float32)
@@ -68,6 +68,9 @@ def halve(graph: gs.Graph, bounds: Mapping[str, tuple[float, float]]) -> PassRep
                 continue
             changed.append(node.name)
         half.add(id(node))
+    skipped += agree(graph, half, kept)
+    lost = {skip.name for skip in skipped}
+    changed = [name for name in changed if name not in lost]
     _choose_dequantizers(graph, half, kept)
     _retype(graph, half)
     return PassReport("halve", tuple(changed), tuple(skipped))
@@ -97,16 +100,26 @@ def _why_float(node: gs.Node, limits: _Limits, kept: set[int]) -> str:
             if largest > LARGEST or 0 < largest < SMALLEST:
                 return f"its constant {operand.name} is {largest:.3g} at most, which float16 does not hold well"
     for tensor in (*node.inputs, *node.outputs):
-        if tensor.dtype == FLOAT and not isinstance(tensor, gs.Constant) and not _is_absent(tensor):
-            limit = limits[tensor]
-            if limit is None:
-                return f"the range of {tensor.name} is not known"
-            if limit > LARGEST:
-                return f"{tensor.name} reaches {limit:.4g}, and float16 ends at 65504"
+        if not (isinstance(tensor, gs.Constant) or _is_absent(tensor)) and (reason := _why_wide(tensor, limits)):
+            return reason
     if node.op in _SUMS and (total := _total(node, limits)) is not None and total > LARGEST:
         return f"the sum before its mean may reach {total:.3g}"
     squared = node.op == "Mul" and node.inputs[0] is node.inputs[1]
     return "a square" if squared else ""
+
+
+def _why_wide(tensor: gs.Variable, limits: _Limits) -> str:
+    """Why float16 would not do for an activation; empty where it does, or where it is no float32."""
+    if tensor.dtype is None:
+        return f"the type of {tensor.name} is not known"
+    if tensor.dtype != FLOAT:
+        return ""
+    limit = limits[tensor]
+    if limit is None:
+        return f"the range of {tensor.name} is not known"
+    if limit > LARGEST:
+        return f"{tensor.name} reaches {limit:.4g}, and float16 ends at 65504"
+    return f"{tensor.name} is {limit:.3g} at most, which float16 does not hold well" if 0 < limit < SMALLEST else ""
 
 
 def _total(node: gs.Node, limits: _Limits) -> float | None:
@@ -193,29 +206,15 @@ def _choose_dequantizers(graph: gs.Graph, half: set[int], kept: set[int]) -> Non
     """Q takes the type that it is given, DQ gives the type that most of its readers want; in place."""
     for node in graph.nodes:
         if node.op == "DequantizeLinear" and id(node) in half:
-            scale, readers = node.inputs[1], node.outputs[0].outputs
+            readers = node.outputs[0].outputs
             wanted = sum(1 if id(reader) in half else -1 for reader in readers)
-            holds = isinstance(scale, gs.Constant) and holds_scale(scale.values)
-            if wanted < 0 or not holds or id(node.outputs[0]) in kept:
+            layers = carried(node)[1]
+            if (wanted < 0 and not layers) or not holds(node) or id(node.outputs[0]) in kept:
                 half.discard(id(node))
         elif node.op == "QuantizeLinear" and id(node) in half:
             maker = node.inputs[0].inputs
-            scale = node.inputs[1]
-            holds = isinstance(scale, gs.Constant) and holds_scale(scale.values)
-            if not holds or not maker or id(maker[0]) not in half:
+            if not holds(node) or not maker or id(maker[0]) not in half:
                 half.discard(id(node))
-
-
-def holds_scale(scale: npt.NDArray[Any]) -> bool:
-    """Whether float16 holds a scale exactly, and what it spans.
-
-    >>> holds_scale(np.array(0.5)), holds_scale(np.array(0.1)), holds_scale(np.array(1e6))
-    (True, False, False)
-    """
-    wide = scale.astype(np.float64)
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is not what it was
-        half = wide.astype(np.float16)
-    return bool((half == wide).all() and (wide * 128 <= 65504).all())
 
 
 @dataclasses.dataclass

@@ -229,6 +229,23 @@ def test_one_dimensional_convolutions(tmp_path: Path) -> None:
     check(parse(text, weights), tmp_path)
 
 
+PRODUCTS = """(float[2,8,64] x) => (float[2,8,64] y, float[2,8,64] z) {
+  [m1] a = MatMul(x, w1) r = Relu(a) [m2] b = MatMul(r, w2) s = Relu(b)
+  [m3] y = MatMul(s, w3) [m4] z = MatMul(s, w4) }"""
+
+
+@pytest.mark.parametrize(("inside", "last"), [(1, 1), (1e-3, 1), (1e-5, 1), (1, 1e5)])
+def test_products_of_values_that_float16_does_not_hold(tmp_path: Path, inside: float, last: float) -> None:
+    """Behind a cast to float16 the scale of an operand stays float32, and the compiler ended with an internal error.
+
+    So it did where one of two products of a tensor had to be float32, and with a cast the other way that one was float.
+    """
+    random = np.random.default_rng(0)
+    sizes = {"w1": inside, "w2": 1.0, "w3": 1 / inside, "w4": last}
+    weights: Weights = {k: (random.normal(0, 0.125, (64, 64)) * size).astype(np.float32) for k, size in sizes.items()}
+    check(parse(PRODUCTS, weights), tmp_path)
+
+
 def test_dynamic_batch(residual_model: Callable, tmp_path: Path) -> None:
     shapes = {"x": ShapeRange((1, 3, 16, 16), (4, 3, 16, 16), (8, 3, 16, 16))}
     built = check(residual_model(batch="N"), tmp_path, shapes=shapes)

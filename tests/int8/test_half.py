@@ -13,7 +13,8 @@ from calib.session import open_session
 from relu_deploy import graph as files
 from relu_deploy.errors import ModelError, QuantizationError
 from relu_deploy.int8.formats import half_scales
-from relu_deploy.int8.half import halve, holds_scale
+from relu_deploy.int8.half import halve
+from relu_deploy.int8.half_scales import holds_scale
 from relu_deploy.int8.run import quantize
 
 
@@ -123,6 +124,85 @@ def test_values_that_an_inner_graph_reads_keep_their_type():
     assert "a graph inside If, Loop or Scan reads its values" in kept["a"]
     feeds = {"x": np.ones((2, 8), np.float32), "c": np.array(False)}
     np.testing.assert_array_equal(open_session(after, threads=1).run(None, feeds)[0], 1)
+
+
+def test_values_that_vanish_in_float16_stay_float32():
+    """A head of tiny weights: 2e-8 is 0 in float16."""
+    model = parse("(float[2,8] x) => (float[2,8] y) { [a] a = Relu(x) [fc] b = MatMul(a, w) [out] y = Relu(b) }",
+                  w=np.eye(8) * 1e-3)  # fmt: skip
+    after, kept = halved(model, {"x": (-4.0, 4.0), "a": (0.0, 4.0), "b": (0.0, 2e-8), "y": (0.0, 2e-8)})
+    assert kept == {name: f"{tensor} is 2e-08 at most, which float16 does not hold well"
+                    for name, tensor in (("fc", "b"), ("out", "b"))}  # fmt: skip
+    assert types(after)["a"] == TensorProto.FLOAT16
+
+
+def test_what_has_no_type_stays_float32():
+    """What stands behind an operator of another domain, whose result nobody can infer."""
+    model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 19, "com.microsoft": 1]>
+      g (float[2,8] x) => (float[2,8] y) {
+        [a] a = Relu(x) [f] b = com.microsoft.Gelu(a) [c] c = Mul(b, k) [d] y = Relu(c) }""")
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(2), "k"))
+    model = onnx.shape_inference.infer_shapes(model)
+    graph = files.import_graph(model)
+    report = halve(graph, dict.fromkeys("xabcy", (-4.0, 4.0)))
+    reasons = {skip.name: skip.reason for skip in report.skipped}
+    assert (report.changed, reasons["c"]) == (("a",), "the type of b is not known")
+    x = np.linspace(-2, 2, 16, dtype=np.float32).reshape(2, 8)
+    wanted, got = (open_session(m).run(None, {"x": x})[0] for m in (model, files.export_graph(graph, model)))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)  # the first ReLU rounds to 11 bits
+
+
+PRODUCTS = """(float[8,8] x) => (float[8,8] y, float[8,8] z) {
+  [q] q = QuantizeLinear(x, s, zero) [dq] d = DequantizeLinear(q, s, zero) %s
+  [w1] v1 = DequantizeLinear(w, ws, zero) [w2] v2 = DequantizeLinear(w, ws, zero)
+  [one] y = MatMul(%s, v1) [two] z = MatMul(d, v2) }"""
+
+
+def products(scale: float, *, moved: str = "", operand: str = "d") -> onnx.ModelProto:
+    model = parse(PRODUCTS % (moved, operand), s=np.float32(scale), ws=np.float32(0.5))
+    codes = {"w": np.eye(8, dtype=np.int8), "zero": np.int8(0)}
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in codes.items())
+    return model
+
+
+def operand_types(model: onnx.ModelProto, product: str) -> list[int]:
+    """Types of the scales of a product's operands."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    found = []
+    for tensor in next(node for node in model.graph.node if node.name == product).input:
+        maker = makers[tensor]
+        while maker.op_type != "DequantizeLinear":
+            assert maker.op_type != "Cast"
+            maker = makers[maker.input[0]]
+        found.append(next(t.data_type for t in model.graph.initializer if t.name == maker.input[1]))
+    return found
+
+
+@pytest.mark.parametrize(("move", "operand"), [("", "d"), ("[move] t = Transpose<perm=[1,0]>(d)", "t")])
+@pytest.mark.parametrize("scale", [1e-5, 2.0**-7])
+def test_both_operands_of_a_product_have_scales_of_one_type(scale, move, operand):
+    model = products(scale, moved=move, operand=operand)
+    bounds = {"x": (-1e4 * scale, 1e4 * scale), "y": (-1.0, 1.0), "z": (-1.0, 1.0)}
+    graph = files.import_graph(model)
+    kept = {skip.name: skip.reason for skip in halve(graph, bounds).skipped}
+    after = files.export_graph(graph, model)
+    files.check_model(after, "the halved model")
+    whole = TensorProto.FLOAT16 if scale == 2.0**-7 else TensorProto.FLOAT
+    assert operand_types(after, "one") == operand_types(after, "two") == [whole, whole]
+    if whole == TensorProto.FLOAT:
+        assert kept["one"] == kept["two"] == "float16 does not hold the scale of d"
+
+
+def test_one_product_that_has_to_be_float32_takes_those_of_its_operand_along():
+    model = products(2.0**-7)
+    graph = files.import_graph(model)
+    report = halve(graph, {"x": (-1.0, 1.0), "y": (-1.0, 1.0), "z": (-1.0, 1e6)})
+    assert {skip.name: skip.reason for skip in report.skipped} == {
+        "two": "z reaches 1e+06, and float16 ends at 65504", "one": "two, which reads d too, stays float32"
+    }  # fmt: skip
+    assert report.changed == ()
+    after = files.export_graph(graph, model)
+    assert operand_types(after, "one") == operand_types(after, "two") == [TensorProto.FLOAT] * 2
 
 
 def test_an_output_that_is_also_read_inside():
