@@ -32,6 +32,7 @@ Weights = Mapping[str, "np.ndarray | onnx.TensorProto"]
 STORED: Weights = {
     "s": ONE, "z": Z, "w": RANDOM.integers(-127, 128, (16, 16, 3, 3)).astype(np.int8), "ws": MANY, "wz": ZS,
     "wf": RANDOM.normal(0, 0.1, (16, 16, 3, 3)).astype(np.float32), "b": np.ones(16, np.float32),
+    "sh": np.float16(0.05), "wsh": MANY.astype(np.float16),
     "s2": np.float32(0.07), "p": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "lo": np.float32(0), "hi": np.float32(6),
     "i0": np.array([0]), "i8": np.array([8]), "i16": np.array([16]), "i1": np.array([1]),
     "up": np.array([1, 1, 2, 2], np.float32), "k": np.float32(1 / 127),
@@ -40,7 +41,7 @@ IO = "(float[1,16,16,16] x) => (float[1,16,16,16] y)"
 ROWS = "(float[4,64] x) => (float[4,32] y)"
 FC: Weights = {
     **STORED, "w": RANDOM.integers(-127, 128, (64, 32)).astype(np.int8), "ws": np.full(32, 0.003, np.float32),
-    "wz": np.zeros(32, np.int8),
+    "wz": np.zeros(32, np.int8), "wsh": np.full(32, 0.003, np.float16),
 }  # fmt: skip
 WD, CONV = "[WD] wd = DequantizeLinear<axis=0>(w, ws, wz) ", "[conv] c = Conv<pads=[1,1,1,1]>(a, wd) "
 TAIL = WD + CONV + "[relu] y = Relu(c) "
@@ -92,6 +93,10 @@ INT32: Weights = {"bq": np.ones(16, np.int32), "bs": MANY * ONE, "bz": np.zeros(
 BIASED = "[BD] bd = DequantizeLinear<axis=0>(bq, bs, bz) " + WD + CONV.replace("wd)", "wd, bd)") + "[relu] y = Relu(c)"
 INT4 = helper.make_tensor("w", TensorProto.INT4, (16, 16, 3, 3), RANDOM.integers(-7, 8, 16 * 16 * 9))
 MATMUL = "[WD] wd = DequantizeLinear<axis=%d>(w, ws, wz) [mm] y = MatMul(a, wd)"
+HALF_MATMUL = (
+    "[down] a = Cast<to=10>(a0) [WD] wd = DequantizeLinear<axis=1>(w, wsh, wz) [mm] m = MatMul(a, wd) "
+    "[up] y = Cast<to=1>(m)"
+)
 GEMM = "[WD] wd = DequantizeLinear<axis=%d>(w, ws, wz) [fc] y = Gemm<transB=%d>(a, wd)"
 SHORT = qdq("x", "a") + WD + CONV + "[sum] t = Add(c, %s) [relu] r = Relu(t) " + qdq("r", "a2")
 SHORT += "[WD2] wd2 = DequantizeLinear<axis=0>(w, ws, wz) [conv2] y = Conv<pads=[1,1,1,1]>(a2, wd2)"
@@ -181,6 +186,15 @@ CASES = {
     "weights in float": Case("half-quantized", "float", qdq("x", "a") + CONV.replace("wd", "wf") + "[relu] y = Relu(c)",
                              {}, "float", mended=False),
     "input in float": Case("half-quantized", "float", TAIL.replace("(a,", "(x,"), {}, "float", mended=False),
+    "a cast to float32 behind Q/DQ": Case(
+        "half-quantized", "float", "[down] h = Cast<to=10>(x) [Q] q = QuantizeLinear(h, sh, z) "
+        "[D] a0 = DequantizeLinear(q, sh, z) [up] a = Cast<to=1>(a0) " + TAIL, {}, "float", mended=False),
+    "scales of two types": Case("scale-types", "rejected", qdq("x", "a0") + HALF_MATMUL, match="lhs_scale->type",
+                                io="(float[2,4,64] x) => (float[2,4,32] y)", base=FC, mended=False),
+    "scales of two types, two axes and a Reshape": Case(
+        "scale-types", "rejected", qdq("x", "r") + "[op] a0 = Reshape(r, rows) "
+        + HALF_MATMUL, {"rows": np.array([8, 64])}, match="lhs_scale->type", io="(float[2,4,64] x) => (float[8,32] y)",
+        base=FC, mended=False),
     "a ReLU behind Q/DQ": Case("half-quantized", "float", qdq("x", "a0") + "[op] a = Relu(a0) " + TAIL, {}, "float"),
     "a Sigmoid behind Q/DQ": Case("half-quantized", "float", qdq("x", "a0") + "[op] a = Sigmoid(a0) " + TAIL, {},
                                   "float"),
@@ -251,6 +265,8 @@ def test_what_cannot_be_mended_is_not_said_to_be(name: str) -> None:
 # What other tools write, or what is said to be a fault, and this compiler takes as int8: lint says nothing of it.
 RELU = "[relu] y = Relu(c)"
 SOUND = {
+    "a cast to float16": qdq("x", "a0") + "[down] a = Cast<to=10>(a0) [WD] wd = DequantizeLinear<axis=0>(w, wsh, wz) "
+    "[conv] c = Conv<pads=[1,1,1,1]>(a, wd) [relu] r = Relu(c) [up] y = Cast<to=1>(r)",
     "plain": qdq("x", "a") + TAIL,
     "no zero point where codes are read": qdq("x", "a").replace("(a_q, s, z)", "(a_q, s)") + TAIL.replace(", wz", ""),
     "Q/DQ in front of a Pad": qdq("x", "a0") + "[pad] a = Pad(a0, p) " + WD + "[conv] c = Conv(a, wd) " + RELU,
@@ -283,6 +299,12 @@ def test_what_the_compiler_takes_is_no_fault(name: str, tmp_path: Path) -> None:
     mended, done = fix(model, "tensorrt-rtx")
     assert [report.name for report in done.passes if report.changed] == []
     assert len(mended.graph.node) == len(model.graph.node)
+
+
+def test_with_two_axes_scales_of_two_types_are_taken(tmp_path: Path) -> None:
+    model = parse(f"{ROWS} {{ {qdq('x', 'a0') + HALF_MATMUL} }}", FC)
+    assert lint(model, "tensorrt-rtx").findings == ()
+    assert build(model, tmp_path).int8 == 1
 
 
 @pytest.mark.parametrize(("opset", "ir"), [(13, 4), (17, 8), (21, 10), (25, 13), (26, 14)])

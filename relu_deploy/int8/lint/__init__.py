@@ -35,6 +35,7 @@ RULES = (
     shapes.channel_activation,
     shapes.blocked,
     pairs.computed_scale,
+    pairs.scale_types,
     pairs.scales_differ,
     pairs.twice,
     pairs.two_scales,

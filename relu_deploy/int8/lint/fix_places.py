@@ -8,9 +8,9 @@ import onnx
 from relu_deploy.int8.lint.codes import BYTES
 from relu_deploy.int8.lint.edit import add_constant, dtype_of, insert_before, pair, replace_input, replace_readers
 from relu_deploy.int8.lint.fix_weights import stored_values
-from relu_deploy.int8.lint.network import Network, Quantizer
+from relu_deploy.int8.lint.network import Network, Quantizer, carried
 from relu_deploy.int8.lint.pairs import is_chain, is_second
-from relu_deploy.int8.lint.places import BOUNDED, carried, drops_before_relu, squares_deviation
+from relu_deploy.int8.lint.places import BOUNDED, drops_before_relu, squares_deviation
 from relu_deploy.report import PassReport, Skip
 from relu_deploy.targets import Target
 

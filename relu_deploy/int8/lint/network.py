@@ -15,12 +15,21 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from relu_deploy.graph import all_nodes, opset
-from relu_deploy.int8.place import LINEAR_OPS
+from relu_deploy.int8.placement import LINEAR_OPS
+from relu_deploy.targets import Target
 
 # ONNX's own domain, by both its names, and ONNX Runtime's: its Q/DQ are those of ONNX with more types.
 OWN_DOMAINS, CONTRIB = ("", "ai.onnx"), "com.microsoft"
 # Operators on codes that do the work of a linear layer.
 INTEGER_LAYERS = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "QLinearConvTranspose")
+# Through these TensorRT-RTX 1.7 carries codes, so that a layer behind them is int8 although Q/DQ stand in front.
+# A Resize is not among them, nor an average.
+_CARRY = (
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity",
+    "DepthToSpace", "SpaceToDepth",
+)  # fmt: skip
+# Through these ONNX Runtime does, with one reader.
+_CARRY_ORT = tuple(op for op in _CARRY if op not in ("DepthToSpace", "SpaceToDepth"))
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
@@ -135,7 +144,7 @@ class Network:
         """Whether a tensor is dequantised codes that at most operators of ``carried`` have moved since.
 
         TensorRT-RTX also carries them through a concatenation of one scale, a padding that is not a constant other
-        than 0, a negation and a factor.
+        than 0, a negation, a factor and a cast from float32 to float16; the cast the other way gives floats.
         """
         return self._carried_scale(tensor, carried, rtx=rtx) is not None
 
@@ -148,11 +157,22 @@ class Network:
             if rtx and maker.op_type == "Concat":
                 scales = {self._carried_scale(name, carried, rtx=rtx) for name in maker.input}
                 return scales.pop() if len(scales) == 1 else None
-            kept = rtx and (maker.op_type == "Neg" or self._scales_by_constant(maker))
+            kept = rtx and (maker.op_type == "Neg" or self._scales_by_constant(maker) or to_half(maker))
             if not kept and maker.op_type not in carried and not self._pads_zeros(maker):
                 return None
             tensor = maker.input[0]
         return float(dq.scale.reshape(-1)[0]) if dq.scale is not None and dq.scale.size else None
+
+    def dequantizer_behind(self, tensor: str) -> tuple[Quantizer | None, tuple[str, ...]]:
+        """The DQ whose values reach a tensor moved or cast to float16 at most, and the operators in between."""
+        between: list[str] = []
+        while (dq := self.dequantizer(tensor)) is None:
+            maker = self.maker(tensor)
+            if maker is None or not (maker.op_type in _CARRY or to_half(maker)):
+                return None, ()
+            between.append(maker.op_type)
+            tensor = maker.input[0]
+        return dq, tuple(between)
 
     def _scales_by_constant(self, node: onnx.NodeProto) -> bool:
         value = self.constant(node.input[1]) if node.op_type == "Mul" else None
@@ -258,6 +278,16 @@ class Network:
                 value = onnx.helper.get_attribute_value(entry)
                 return np.asarray(value, np.float32 if "float" in entry.name else np.int64)
         return None
+
+
+def to_half(node: onnx.NodeProto) -> bool:
+    """Whether a node casts to float16."""
+    return node.op_type == "Cast" and attribute(node, "to", 0) == TensorProto.FLOAT16
+
+
+def carried(target: Target) -> tuple[str, ...]:
+    """Operators through which a target carries codes."""
+    return _CARRY_ORT if target == "ort" else _CARRY
 
 
 def is_quantizer(node: onnx.NodeProto, op: str) -> bool:

@@ -93,6 +93,37 @@ def two_scales(net: Network, _target: Target) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def scale_types(net: Network, target: Target) -> Iterator[Finding]:
+    """``scale-types``: a product of codes with a float32 and with a float16 scale, behind a cast of one of them.
+
+    With two axes and nothing but the cast in between the compiler takes it.
+    """
+    if target == "ort":
+        return
+    for layer in net.layers:
+        if layer.node.op_type not in ("MatMul", "Gemm"):
+            continue
+        operands = [net.dequantizer_behind(name) for name in layer.node.input[:2]]
+        types = {None if dq is None or dq.scale is None else dq.scale.dtype for dq, _ in operands}
+        if None in types or len(types) == 1:
+            continue
+        moved = any(between != "Cast" for _, operators in operands for between in operators)
+        if moved or not _has_two_axes(net, operands[0][0], layer.node.input[0]):
+            yield Finding(
+                "scale-types", layer.node.name, "rejected",
+                like_rtx(target, "its operands have scales of float32 and of float16: the compiler ends with an error"),
+                "scales of one type, with the cast behind both or neither",
+            )  # fmt: skip
+
+
+def _has_two_axes(net: Network, dq: Quantizer | None, operand: str) -> bool:
+    """Whether an operand of a product, behind a DQ or a cast of what that gives, is known to have two axes."""
+    q = None if dq is None else net.quantizer(dq.source)
+    names = [operand, *([dq.output, dq.source] if dq is not None else []), *([q.source] if q is not None else [])]
+    known = [dims for name in names if (dims := net.dims(name)) is not None]
+    return bool(known) and len(known[0]) == 2
+
+
 def stored_float(net: Network, _target: Target) -> Iterator[Finding]:
     """``stored-float``: weights that the file holds in float, with a quantiser in front."""
     for q in net.quantizers:

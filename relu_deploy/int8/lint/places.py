@@ -10,18 +10,10 @@ import onnx
 from onnx import TensorProto
 
 from relu_deploy.int8.lint.finding import Finding, like_rtx
-from relu_deploy.int8.lint.network import LinearLayer, Network, Quantizer, attribute
+from relu_deploy.int8.lint.network import LinearLayer, Network, Quantizer, attribute, carried
 from relu_deploy.int8.lint.pairs import lowest
 from relu_deploy.targets import Target
 
-# Through these TensorRT-RTX 1.7 carries codes, so that a layer behind them is int8 although Q/DQ stand in front.
-# A Resize is not among them, nor an average.
-_CARRY = (
-    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity",
-    "DepthToSpace", "SpaceToDepth",
-)  # fmt: skip
-# Through these ONNX Runtime does, with one reader.
-_CARRY_ORT = tuple(op for op in _CARRY if op not in ("DepthToSpace", "SpaceToDepth"))
 # What they make is no larger than what they are given, or has a known bound: --fix can quantise behind them.
 BOUNDED = (
     "Relu", "Clip", "AveragePool", "GlobalAveragePool", "Resize", "Concat", "Sigmoid", "Softmax", "HardSigmoid",
@@ -304,11 +296,6 @@ def _dequantized(net: Network, q: Quantizer) -> list[str]:
 
 def _is_int8(layer: LinearLayer) -> bool:
     return layer.data is not None and layer.weight is not None
-
-
-def carried(target: Target) -> tuple[str, ...]:
-    """Operators through which a target carries codes."""
-    return _CARRY_ORT if target == "ort" else _CARRY
 
 
 def _told(target: Target, text: str) -> str:
