@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from relu_deploy.int8.clipped import keep_fusible
 from relu_deploy.int8.placement import MOVING_OPS, STAND_IN, Layer, Placement, fused_relu, is_clipping
 from relu_deploy.int8.unions import Unions
 
@@ -28,6 +29,7 @@ class _Wanted:
         self.graph, self.known, self.coded = graph, known, coded
         self.names: dict[str, gs.Variable] = {}
         self.pairs: list[tuple[str, str]] = []
+        self.joined: list[tuple[str, str]] = []  # by a Concat: these may have scales of their own
         self.constants: set[str] = set()
         self._queue: list[gs.Variable] = []
 
@@ -74,7 +76,7 @@ class _Wanted:
                 for tensor in live:
                     self.add(tensor)
                 if node.op == "Concat":
-                    self.pairs += [(t.name, output.name) for t in live if self._ends_in(t, node)]
+                    self.joined += [(t.name, output.name) for t in live if self._ends_in(t, node)]
                 if constant:
                     self.constants.add(node.name)
 
@@ -119,9 +121,13 @@ def place_ort(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple[
                 wanted.pairs.append((live[0].name, node.outputs[0].name))
             if wanted.add(node.outputs[0]) and any(isinstance(t, gs.Constant) for t in node.inputs):
                 wanted.constants.add(node.name)
+    pairs, joined = (
+        [pair for pair in found if pair[0] in wanted.names and pair[1] in wanted.names]
+        for found in (wanted.pairs, wanted.joined)
+    )
     placed = Placement(
         dict.fromkeys(wanted.names),
-        _merge(pair for pair in wanted.pairs if pair[0] in wanted.names and pair[1] in wanted.names),
+        _merge([*pairs, *keep_fusible(_merge([*pairs, *joined]), joined, graph, wanted.names)]),
         layers,
         frozenset(wanted.constants - {n.name for n in graph.nodes if n.op == "Clip"}),
         frozenset(coded),

@@ -9,6 +9,8 @@ from calib.inputs import model_inputs
 from calib.run import calibrate
 from calib.session import open_session
 from calib.sources import open_source
+from relu_deploy.int8.lint import lint
+from relu_deploy.int8.qoperator import to_qoperator
 from relu_deploy.int8.run import quantize
 
 
@@ -45,3 +47,38 @@ def test_what_only_a_concat_reads_has_its_scale(read_again, tmp_path):
     # Half a step of 1/255 of the range on 8 channels and 7-bit weights leave some 1 %; the kernels round as Q/DQ say.
     assert np.abs(exact - reference).max() < 0.04 * np.abs(reference).max()
     assert np.abs(fused - exact).max() < 0.01 * np.abs(reference).max()
+
+
+BRANCHES = {
+    "ReLU": "Relu(%s)",
+    "leaky": "LeakyRelu<alpha=0.1>(%s)",
+    "linear": "Identity(%s)",
+    "sigmoid": "Sigmoid(%s)",
+    "ReLU6": "Clip(%s, lo, six)",
+    "ReLU3": "Clip(%s, lo, three)",
+    "pooled": "MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(%s)",
+}
+
+
+@pytest.mark.parametrize("others", ["ReLU", "leaky", "linear", "sigmoid", "ReLU6", "ReLU3", "pooled"])
+@pytest.mark.parametrize("one", ["ReLU", "ReLU6"])
+def test_a_convolution_is_integer_whatever_its_relu_is_concatenated_with(one, others):
+    """With the scale of something signed, or wider than its bound, the ReLU or Clip would keep it in float."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[n, 4, 6, 6] x) => (float[n, 3, 6, 6] y) '
+        "<float lo = {0}, float three = {3}, float six = {6}> { "
+        f"[one] a = Conv(x, w1) r = {BRANCHES[one] % 'a'} [two] b = Conv(x, w2) s = {BRANCHES[others] % 'b'} "
+        "c = Concat<axis=1>(r, s) [last] y = Conv(c, u) }"
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in {"w1": (4, 4, 1, 1), "w2": (4, 4, 1, 1), "u": (3, 8, 1, 1)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(4 * rng.normal(size=shape).astype(np.float32), name))
+    data = np.random.default_rng(1).normal(size=(8, 4, 6, 6)).astype(np.float32)
+    ranges = calibrate(model, open_source(data, model_inputs(model)))
+    quantized, report = quantize(model, ranges, weight_bits=7, channel_fusion="off")
+    assert report.int8_layers == 3
+    assert lint(quantized, "ort").findings == ()
+    _, integer = to_qoperator(quantized)
+    assert not [skip for skip in integer.skipped if skip.name in ("one", "two", "last")]
+    reference, exact = (open_session(each, threads=1).run(None, {"x": data})[0] for each in (model, quantized))
+    assert np.abs(exact - reference).max() < 0.04 * np.abs(reference).max()
