@@ -74,6 +74,7 @@ def parse(text: str, stored: Stored, opset: int = 19) -> onnx.ModelProto:
 
 
 MATMUL = "[WD] wd = DequantizeLinear<axis=%d>(w, ws, wz) [conv] c = MatMul(a, wd) "
+CLIPPED = qdq("x", "a") + WD + CONV + "[clip] r = Clip(c, lo, hi) " + qdq("r", "y", "z")
 CASES = {
     "scales that differ": Case("scales-differ", "float", qdq("x", "a", read="s2") + WD + CONV + qdq("c", "y", "z")),
     "an activation with many scales": Case(
@@ -95,6 +96,10 @@ CASES = {
                                        qdq("r", "y")),
     "int8 behind a ReLU": Case("unfused", "float", qdq("x", "a") + WD + CONV + "[relu] r = Relu(c) " +
                                qdq("r", "y", "i")),
+    "a Clip below the highest code": Case("unfused", "float", CLIPPED, {"lo": np.float32(0), "hi": np.float32(6)}),
+    "a Clip from above 0": Case("unfused", "float", CLIPPED, {"lo": np.float32(1), "hi": np.float32(99)}),
+    "a Clip of computed bounds": Case("unfused", "float", "[top] hi = ReduceMax<keepdims=0>(x) " + CLIPPED,
+                                      {"lo": np.float32(0)}),
     "an activation behind Q/DQ": Case("half-quantized", "float", qdq("x", "a0") + "[op] a = Sigmoid(a0) " + WD + CONV +
                                       qdq("c", "y", "z"), automatic=True),
     "weights only": Case("half-quantized", "float", WD + CONV.replace("(a,", "(x,") + qdq("c", "y", "z")),
@@ -158,6 +163,17 @@ SOUND = {
     + qdq("c", "y"),
     "int8 activations": qdq("x", "a", "i") + WD + CONV + qdq("c", "y", "i"),
 }
+
+
+@pytest.mark.parametrize("step", [0.0, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("end", ["lo", "hi"])
+def test_a_bound_that_rounds_to_the_last_code_clips_nothing(end: str, step: float, tmp_path: Path) -> None:
+    scale = np.float32(0.05)
+    bounds = {"lo": np.float32(0), "hi": np.float32(255 * scale)}
+    bounds[end] = bounds[end] + scale * np.float32(step if end == "lo" else -step)
+    model = parse(f"{IO} {{ {CLIPPED} }}", {**STORED, **bounds})
+    assert is_integer(optimised(model, tmp_path)) == (step < 0.5)
+    assert lint(model, "ort").counts() == ({} if step < 0.5 else {"unfused": 1})
 
 
 @pytest.mark.parametrize("name", SOUND)

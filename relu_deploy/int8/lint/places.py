@@ -284,9 +284,31 @@ def _why_unfused(net: Network, layer: LinearLayer) -> str:
     if kinds != ["QuantizeLinear"] or len(readers) > 1:
         return f"its output is read by {', '.join(kinds) or 'nothing'}, not by one quantiser alone"
     quantizer = net.quantizer(readers[0].output[0])
-    if clipping is not None and quantizer is not None and lowest(quantizer) < 0:
-        return f"the quantiser behind its {clipping.op_type} has codes below 0.0"
+    return "" if clipping is None or quantizer is None else _why_kept(net, clipping, quantizer)
+
+
+def _why_kept(net: Network, clipping: onnx.NodeProto, quantizer: Quantizer) -> str:
+    """Why a quantiser does not clip all that a ReLU or Clip in front of it does; empty where it does."""
+    low, high = (0.0, math.inf) if clipping.op_type == "Relu" else _clip_bounds(net, clipping)
+    if math.isnan(low) or math.isnan(high):
+        return f"the bounds of its {clipping.op_type} are computed at run time"
+    # ONNX Runtime compares codes: a bound that rounds to the last of them clips nothing.
+    half = 0.0 if quantizer.scale is None or not quantizer.scale.size else float(quantizer.scale.reshape(-1)[0]) / 2
+    if lowest(quantizer) < low - half:
+        return f"the quantiser behind its {clipping.op_type} has codes below {low:g}"
+    if lowest(quantizer, top=True) > high + half:
+        return f"the quantiser behind its {clipping.op_type} has codes above {high:g}"
     return ""
+
+
+def _clip_bounds(net: Network, clip: onnx.NodeProto) -> tuple[float, float]:
+    """The bounds of a Clip; NaN where one is computed."""
+    found = []
+    for index, (name, default) in enumerate((("min", -math.inf), ("max", math.inf)), start=1):
+        operand = clip.input[index] if len(clip.input) > index else ""
+        value = net.constant(operand) if operand else np.asarray(attribute(clip, name, default))
+        found.append(math.nan if value is None or value.size != 1 else float(value.reshape(-1)[0]))
+    return found[0], found[1]
 
 
 def _dequantized(net: Network, q: Quantizer) -> list[str]:
