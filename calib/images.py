@@ -75,6 +75,8 @@ def parse_preprocess(text: str) -> Preprocess:
         values[key] = _value(key.strip(), value.strip())
     if 0 in values.get("std", ()):
         raise DataError("--preprocess: std=0 would divide by zero")
+    if values.get("scale") == 0:
+        raise DataError("--preprocess: scale=0 would make every image the same")
     if not 0 <= values.get("pad", 0) <= 255:
         raise DataError(f"--preprocess pad={values['pad']} is not in 0..255")
     if not all(0 < extent <= MAX_EXTENT for extent in values.get("resize", ())):

@@ -230,7 +230,7 @@ def _guarded(call: Callable[[], Any], origin: str) -> Any:
     """Run the user's code. Whatever it raises is theirs to mend: named with its place instead of a traceback."""
     try:
         return call()
-    except Exception as error:  # foreign code may raise anything
+    except (Exception, SystemExit) as error:  # foreign code may raise anything; a script may read its command line
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise DataError(
             f"{origin} failed with {type(error).__name__}: {error}", hint=f"see {frame.filename}, line {frame.lineno}"

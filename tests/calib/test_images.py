@@ -87,6 +87,8 @@ def test_order_is_that_of_names(tmp_path):
         ("scale=nan", "cannot be read"),
         ("mean=a:b:c", "cannot be read"),
         ("std=0", "divide by zero"),
+        ("scale=0", "every image the same"),
+        ("scale=0/255", "every image the same"),
         ("pad=300", "not in 0..255"),
         ("channels=yuv", "is not one of rgb, bgr, gray"),
         ("scale=1,scale=2", "gives scale twice"),

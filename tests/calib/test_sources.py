@@ -248,6 +248,13 @@ number = 3
 """
 
 
+def test_a_script_that_ends_the_program_is_named(tmp_path):
+    (tmp_path / "script.py").write_text("import sys\ndef rows():\n    sys.exit(3)\n")
+    (tmp_path / "parses.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--unknown'])\n")
+    assert "failed with SystemExit: 3" in refused(f"{tmp_path}/script.py:rows")
+    assert "failed with SystemExit: 2" in refused(f"{tmp_path}/parses.py:rows")
+
+
 def test_module_function_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "calib_test_module.py").write_text(MODULE)
