@@ -20,12 +20,14 @@ _CHUNK = 1 << 20
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``target``; rename it onto ``target`` if the block ends well.
 
-    A failed block leaves ``target`` as it was, and no temporary file behind.
+    A failed block leaves ``target`` as it was, and no temporary file behind. A link stays, and what it points to is
+    written.
 
     Raises:
-        FileError: the folder does not exist or is not writable, or ``target`` is a folder.
+        FileError: the folder does not exist or is not writable, or ``target`` is a folder, a device or a pipe.
     """
     check_writable(target)
+    target = behind_links(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -42,15 +44,23 @@ def check_writable(target: Path) -> None:
     """Refuse an output path before hours of work are spent on it.
 
     Raises:
-        FileError: the folder is missing or not writable, or ``target`` is itself a folder.
+        FileError: the folder is missing or not writable, or ``target`` is itself a folder, a device or a pipe.
     """
-    folder = target.parent
+    folder = behind_links(target).parent
     if not folder.is_dir():
         raise FileError(f"cannot write {target}: {folder} is not a folder", hint=f"mkdir -p {folder}")
     if target.is_dir():
         raise FileError(f"cannot write {target}: it is a folder", hint="name a file inside it")
+    if target.exists() and not target.is_file():
+        # A file is put in its place when it is whole: as root that would take away /dev/null from everybody.
+        raise FileError(f"cannot write {target}: it is a device or a pipe, no file", hint="name a file")
     if not os.access(folder, os.W_OK):
         raise FileError(f"cannot write {target}: no permission to write in {folder}")
+
+
+def behind_links(target: Path) -> Path:
+    """What a link points to, whether it exists or not; another path as it is."""
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
 def require_file(path: Path, *, to: str = "read") -> None:

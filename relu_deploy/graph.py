@@ -19,7 +19,7 @@ from onnx import external_data_helper
 from onnx.version_converter import ConvertError
 
 from calib.errors import first_line
-from calib.files import atomic_path, check_writable, require_file
+from calib.files import atomic_path, behind_links, check_writable, require_file
 from calib.model import PROTOBUF_LIMIT, STANDARD_DOMAINS, all_nodes, fits_one_message, opset, tensor_bytes
 from relu_deploy import ops
 from relu_deploy.distinct import make_distinct
@@ -243,6 +243,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
         FileError: ``path`` cannot be written.
     """
     check_writable(path)
+    path = behind_links(path)  # the weights go beside the file, not beside a link to it
     if fits_one_message(model):
         with atomic_path(path) as temporary:
             temporary.write_bytes(model.SerializeToString(deterministic=True))

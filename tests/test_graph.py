@@ -160,6 +160,18 @@ def test_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def test_weights_go_beside_what_a_link_points_to(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("calib.model.PROTOBUF_LIMIT", (1 << 24) + 100)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.onnx").symlink_to("real/net.onnx")
+    files.save_model(model, tmp_path / "link.onnx")
+    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == ["net.onnx", "net.onnx.data"]
+    monkeypatch.undo()
+    assert [t.name for t in files.load_model(tmp_path / "link.onnx").graph.initializer] == [
+        t.name for t in model.graph.initializer
+    ]
+
+
 def test_save_where_it_cannot_be(tmp_path, model):
     with pytest.raises(FileError, match="is not a folder"):
         files.save_model(model, tmp_path / "none" / "m.onnx")
