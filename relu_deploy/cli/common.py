@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from calib.errors import FileError
 from calib.files import write_json
 from calib.progress import Progress
 from relu_deploy.cli.safety import OutputPath
@@ -43,18 +46,41 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def emit(report: Any, json_path: str | None, render: Callable[[], RenderableType]) -> None:
-    """Print a report for a person, and as JSON where asked. With ``--json -`` only JSON reaches standard output."""
+    """Print a report for a person, and as JSON where asked. With ``--json -`` only JSON reaches standard output.
+
+    Raises:
+        FileError: where it goes cannot be written.
+    """
     from relu_deploy.report import to_json  # needs numpy, which no --help should wait for
 
     value = to_json(report)
     console = SafeConsole(stderr=json_path == "-", soft_wrap=True)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    console.print(render())
-    if json_path == "-":
-        click.echo(json.dumps(value, indent=2, allow_nan=False))
-    elif json_path:
+    with _screen():
+        console.print(render())
+        if json_path == "-":
+            click.echo(json.dumps(value, indent=2, allow_nan=False))
+    if json_path and json_path != "-":
         write_json(Path(json_path), value)
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[None]:
+    """Standard output may be a file on a full disk; that a reader went away is click's to see to.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What did not get out is still in the buffer, and would fail again, untold, when the program ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ is not None else 1)
+        raise FileError(f"the report cannot be written to standard output: {error.strerror or error}") from error
 
 
 class _Rate(ProgressColumn):

@@ -57,6 +57,19 @@ def test_where_nothing_can_be_written_is_told_before_any_work(refused, command, 
     assert "cannot write" in result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+@pytest.mark.parametrize("more", ["", " --json -", " --json o.json"])
+def test_a_report_that_cannot_be_printed_is_an_error_and_no_traceback(box, more):
+    command = [sys.executable, "-m", "relu_deploy", *f"quantize m.onnx --ranges r.json -o o.onnx{more}".split()]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, cwd=box, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    assert "the report cannot be written to standard output: No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+    assert (box / "o.onnx").is_file()
+
+
 SAME = {
     "rewrite in place": "rewrite m.onnx -o m.onnx",
     "by another spelling": "rewrite m.onnx -o ./m.onnx",
