@@ -91,12 +91,33 @@ def load_model(path: Path) -> onnx.ModelProto:
     check_versions(model, path)
     _complete(model, path)
     _check_operators(model, path)
+    _infer_outputs(model)
     check_model(model, path)
     name_nodes(model.graph)
     for entry in model.metadata_props:
         if entry.key == WHAT_IF:
             warnings.warn(f"{path}: its activations were replaced by ReLU, {entry.value}", NetworkWarning, stacklevel=2)
     return model
+
+
+def _infer_outputs(model: onnx.ModelProto) -> None:
+    """Give outputs that have none the shapes that follow from the network, in place.
+
+    Exporters that do not know one leave it out, and runtimes do not ask for it; onnx's checker does.
+    """
+    bare = [
+        v for v in model.graph.output if v.type.HasField("tensor_type") and not v.type.tensor_type.HasField("shape")
+    ]
+    if not bare or not fits_one_message(model):
+        return
+    try:
+        found = onnx.shape_inference.infer_shapes(model).graph.output
+    except _CHECKER_ERRORS:
+        return  # the checker will say what is wrong
+    shapes = {value.name: value.type.tensor_type.shape for value in found if value.type.tensor_type.HasField("shape")}
+    for value in bare:
+        if value.name in shapes:
+            value.type.tensor_type.shape.CopyFrom(shapes[value.name])
 
 
 def read_model(path: Path) -> onnx.ModelProto:

@@ -150,6 +150,18 @@ def test_checker_failure_names_the_file(tmp_path):
         files.load_model(tmp_path / "m.onnx")
 
 
+def test_outputs_without_a_shape_get_what_follows_from_the_network(tmp_path):
+    model = onnx.parser.parse_model(RELU)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, tmp_path / "m.onnx")
+    assert files.load_model(tmp_path / "m.onnx").graph.output[0].type.tensor_type.shape.dim[1].dim_value == 2
+    model.graph.node[0].domain = "nobody"
+    model.opset_import.append(helper.make_opsetid("nobody", 1))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="'shape' of 'type' is required"):
+        files.load_model(tmp_path / "m.onnx")
+
+
 def test_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"precious")

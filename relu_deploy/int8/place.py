@@ -87,12 +87,12 @@ def _float_layers(graph: gs.Graph) -> Iterator[Layer]:
 def _why_float(node: gs.Node, known: set[str], number: NumberFormat) -> str:
     """Reason why a linear layer cannot be quantised; empty when it can."""
     data, weight = node.inputs[0], node.inputs[1]
+    if isinstance(data, gs.Constant):
+        return "its left operand is the constant one"
     if not isinstance(weight, gs.Constant):
         return (
             "both operands are computed at run time" if node.op == "MatMul" else "its weights are computed at run time"
         )
-    if isinstance(data, gs.Constant):
-        return "its left operand is the constant one"
     if weight.values.dtype not in (np.float32, np.float16):
         return f"its weights are {weight.values.dtype}"
     if number.unsigned and weight.values.dtype == np.float16:

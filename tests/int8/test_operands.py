@@ -114,3 +114,17 @@ def test_an_addend_that_differs_from_row_to_row_is_no_bias(shape):
     assert "from row to row" in report.layers[0].reason
     exact, coded = run(model, {"x": data[:rows]})[0], run(quantized, {"x": data[:rows]})[0]
     assert np.abs(exact - coded).max() < 0.05 * np.abs(exact).max()  # one layer of 8 bits
+
+
+@pytest.mark.parametrize("target", ["ort", "tensorrt-rtx"])
+def test_a_product_with_the_constant_on_the_left_stays_float_and_says_so(measure, target):
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1, 4, 6] x) => (float[1, 5, 3] y) '
+        "{ [left] h = MatMul(w, x) [right] y = MatMul(h, v) }"
+    )
+    for name, shape in {"w": (5, 4), "v": (6, 3)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(RNG.normal(size=shape).astype(np.float32), name))
+    _, report = quantize(model, measure(model), target=target)
+    assert [(layer.int8, layer.reason) for layer in report.layers] == [
+        (False, "its left operand is the constant one"), (True, "")
+    ]  # fmt: skip

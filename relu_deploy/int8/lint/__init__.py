@@ -10,7 +10,7 @@ import onnx
 from relu_deploy.graph import name_nodes
 from relu_deploy.int8.lint import codes, operators, pairs, places, shapes
 from relu_deploy.int8.lint.finding import FAULTS, SEVERITIES, Finding, LintReport, Severity
-from relu_deploy.int8.lint.network import INTEGER_LAYERS, Network
+from relu_deploy.int8.lint.network import INTEGER_LAYERS, Network, carried
 from relu_deploy.targets import Target
 
 __all__ = ["FAULTS", "RULES", "SEVERITIES", "Finding", "LintReport", "Severity", "lint"]
@@ -68,7 +68,10 @@ def lint(model: onnx.ModelProto, target: Target) -> LintReport:
     net = Network(named)
     found = [finding for rule in RULES for finding in rule(net, target)]
     integers = sum(node.op_type in INTEGER_LAYERS for node in net.nodes)
-    quantized = sum(layer.data is not None and layer.weight is not None for layer in net.layers)
+    quantized = sum(
+        layer.weight is not None and net.codes_reach(layer.node.input[0], carried(target), rtx=target != "ort")
+        for layer in net.layers
+    )
     return LintReport(
         target=target,
         quantizers=len(net.quantizers) + len(net.dequantizers),
