@@ -44,8 +44,8 @@ class LintReport:
     Attributes:
         target: For which runtime.
         quantizers: Number of QuantizeLinear and DequantizeLinear nodes.
-        quantized_layers: Linear layers whose data and weights both come from a DequantizeLinear, the data perhaps through
-            what the target carries codes through; and operators on codes.
+        quantized_layers: Linear layers whose data and weights both come from a DequantizeLinear, the data perhaps
+            through what the target carries codes through; and operators on codes.
         layers: All linear layers.
         opset: Of the default domain.
         ir_version: Of the file.
