@@ -118,7 +118,7 @@ def compiled(path: Path, folder: Path) -> str:
     kernels = [kernel for program in read_plan(engine.read_bytes()) for kernel in program.kernels]
     counts = [
         sum(bool({node.name for node in site.body} & set(kernel.layers)) for kernel in kernels)
-        for site in find_dyrelu(import_graph(load_model(folder / path.stem / "int8.onnx")))
+        for site in find_dyrelu(import_graph(load_model(folder / path.stem / "rewritten.onnx")))
     ]
     moved = "unknown" if audit.bytes_moved is None else f"{audit.bytes_moved / 1e6:.2f} MB"
     units = f"; lines and maximum of each unit in {min(counts)} to {max(counts)} kernels" if counts else ""

@@ -12,7 +12,7 @@ from relu_deploy.passes.linear import Layer
 
 def times(name: str, source: gs.Variable, factors: Array, layer: Layer, result: gs.Variable, names: Names) -> gs.Node:
     """``result = source * factors``, channels where ``layer`` has them."""
-    values = _shaped(factors, layer).astype(layer.weight.dtype)
+    values = shaped(factors, layer).astype(layer.weight.dtype)
     stored = names.constant(f"{name}/factors", values)
     return gs.Node("Mul", names.new(name), inputs=[source, stored], outputs=[result])
 
@@ -49,8 +49,7 @@ def absorb(tensor: gs.Variable, factors: Array, layer: Layer, names: Names) -> b
             return False
         edits.append((node, at, values))
         if node.op == "Mul":
-            shaped = _shaped(factors, layer)
-            return _apply(edits, shaped, names)
+            return _apply(edits, shaped(factors, layer), names)
         tensor = node.inputs[1 - at]
         if len(tensor.outputs) != 1:
             return False
@@ -64,8 +63,8 @@ def _apply(edits: list[tuple[gs.Node, int, np.ndarray]], factors: Array, names: 
     return True
 
 
-def _shaped(factors: Array, layer: Layer) -> Array:
-    """Factors so that they broadcast against a tensor that the layer reads or makes."""
+def shaped(factors: Array, layer: Layer) -> Array:
+    """One number for each channel so that they broadcast against a tensor that the layer reads or makes."""
     if layer.node.op != "Conv":
         return factors
     # All axes, or ONNX Runtime would not carry its change to channels-last across the multiplication.

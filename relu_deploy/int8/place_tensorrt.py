@@ -110,22 +110,31 @@ def _residual_operands(
     if node.op != "Add" or (shortcut := _shortcut(node, chosen, order)) is None:
         return []
     main = next(t for t in node.inputs if t is not shortcut)
-    return list(node.inputs) if shares_scale(main.inputs[0], number) else [shortcut]
+    layer = _layer_behind(main)
+    return list(node.inputs) if layer is not None and shares_scale(layer, number) else [shortcut]
 
 
 def _shortcut(node: gs.Node, chosen: set[str], order: dict[int, int]) -> gs.Variable | None:
     """The operand of a residual Add that does not come straight from the layer that the Add is fused into."""
     if len(node.inputs) != 2 or not all(isinstance(t, gs.Variable) for t in node.inputs):
         return None
+    layers = [(_layer_behind(tensor), index) for index, tensor in enumerate(node.inputs) if len(tensor.outputs) == 1]
     fused = [
-        (order[id(t.inputs[0])], index)
-        for index, t in enumerate(node.inputs)
-        if t.inputs
-        and t.inputs[0].name in chosen
-        and len(t.outputs) == 1
-        and t.inputs[0].op in ("Conv", "ConvTranspose")
+        (order[id(layer)], index)
+        for layer, index in layers
+        if layer is not None and layer.name in chosen and layer.op in ("Conv", "ConvTranspose")
     ]
     if not fused:
         return None
     shortcut: gs.Variable = node.inputs[1 - max(fused)[1]]
     return shortcut
+
+
+def _layer_behind(tensor: gs.Variable) -> gs.Node | None:
+    """The node that makes a tensor, or what a factor for each channel is multiplied to (see even_rows)."""
+    maker: gs.Node | None = tensor.inputs[0] if tensor.inputs else None
+    if maker is None or maker.op != "Mul":
+        return maker
+    live = [operand for operand in maker.inputs if not isinstance(operand, gs.Constant)]
+    before = live[0] if len(live) == 1 and len(live[0].outputs) == 1 else None
+    return before.inputs[0] if before is not None and before.inputs else maker

@@ -13,6 +13,8 @@ from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import ModelError, QuantizationError
 from relu_deploy.int8.cheaper import cheaper_in_half
+from relu_deploy.int8.even_inputs import EvenInputs, even_inputs
+from relu_deploy.int8.even_rows import even_rows
 from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.fuse import FusionReport, fuse_channels
 from relu_deploy.int8.half import halve
@@ -24,6 +26,7 @@ from relu_deploy.int8.lower_pools import spell_average_pools
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
 from relu_deploy.int8.qoperator_files import IntegerReport
 from relu_deploy.int8.sensitivity import Draft, Sensitivity
+from relu_deploy.int8.settle import settle
 from relu_deploy.int8.shield import shield_float_layers
 from relu_deploy.int8.siblings import merge_siblings
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
@@ -64,7 +67,9 @@ class QuantReport:
         warnings: What a user should know before trusting the file.
         folded: Activation without a kernel of its own -> the form that it got.
         fusion: Channels that were scaled so that one scale fits all.
-        islands: Tensors at the shores of float islands whose channels were scaled, and those that were not.
+        islands: Tensors at the shores of float islands whose channels were scaled, and those that were not; on
+            TensorRT-RTX all tensors that layers read.
+        rows: Convolutions whose weights were evened out row by row, and those that were not.
         sensitivity: Layers by the damage that INT8 does, where data to measure it on was given.
         integer: The form in integer operators and its multipliers, where they were asked for.
         float_part: Type in which what is left in float computes: ``fp32`` or ``fp16``.
@@ -86,6 +91,7 @@ class QuantReport:
     half: PassReport | None = None
     merged: PassReport | None = None
     islands: PassReport | None = None
+    rows: PassReport | None = None
     sensitivity: Sensitivity | None = None
     integer: IntegerReport | None = None
 
@@ -166,7 +172,7 @@ def quantize(
     learned = {node.outputs[0].name for node in graph.nodes if is_pwlu(node)}
     folded = _fold_learned(graph, bounds, number, learned)
     sites = stand_in(graph, bounds) if number.unsigned else ()
-    evened = None
+    evened: Evened | EvenInputs | None = None
     if number.unsigned:
         sites = take_back(graph, sites, place(graph, bounds, number, keep_float=keep_float))
         if channel_fusion != "off":
@@ -182,12 +188,18 @@ def quantize(
 
     placement = placed(left)
     _check_layers(placement, keep_float)
+    rows, centres = None, {}
+    if number.target == "tensorrt-rtx" and channel_fusion != "off":
+        rows = even_rows(graph, placement, fusion.ranges, bounds, number)
+        evened = even_inputs(graph, placement, fusion.ranges, bounds, number)
+        centres, placement = evened.centres, placed(left)
     sites = take_back(graph, sites, placement)
     sensitivity = None
     if inspect is not None and not sites:
         sensitivity = inspect(Draft(graph, lifted, placement, bounds, number))
         placement = placed({**left, **_damaged(sensitivity)}) if sensitivity.kept else placement
-    written = write(graph, placement, bounds, number)
+    settled = settle(graph, placement, centres, {}, number)
+    written = write(graph, placement, bounds, number, settled)
     write_tables(graph, sites, written.activations)
     files.tidy(graph)
     half = halve(graph, bounds) if number.half and not is_half(lifted) else None
@@ -202,7 +214,7 @@ def quantize(
     report = _report(quantized, placement, written, number, told, folded)
     islands = None if evened is None else evened.report
     return quantized, dataclasses.replace(
-        report, fusion=fusion.report, islands=islands, half=half, merged=merged, sensitivity=sensitivity
+        report, fusion=fusion.report, islands=islands, rows=rows, half=half, merged=merged, sensitivity=sensitivity
     )
 
 

@@ -188,7 +188,7 @@ def before(layer: Layer, affine: Affine) -> Weights:
         raise RefusedError("the Conv behind it pads with zeros, which it does not change")
     alpha = float(node.attrs.get("alpha", 1.0)) if node.op == "Gemm" else 1.0
     with np.errstate(over="ignore", invalid="ignore"):
-        shift = alpha * _response(layer, affine.offset)
+        shift = alpha * response(layer, affine.offset)
         bias = layer.bias + (shift / _beta(layer) if shift.any() else 0.0)
         return _rounded(layer, _scaled(layer, affine.factor, outputs=False), bias)
 
@@ -237,7 +237,7 @@ def _scaled(layer: Layer, factor: Array, *, outputs: bool) -> Array:
     return (split * factor.reshape(groups, 1, weight.shape[1], *spatial)).reshape(weight.shape)
 
 
-def _response(layer: Layer, offset: Array) -> Array:
+def response(layer: Layer, offset: Array) -> Array:
     """What each output channel becomes where every position of the input is ``offset``, ``(C_in,)``."""
     if not offset.any():
         return np.zeros(layer.bias.size)

@@ -50,7 +50,7 @@ def test_the_lines_their_maximum_and_the_quantiser_are_one_kernel(variant, piece
     assert len(audit.linear) == 3 + 2 * (3 if variant == "C" else 2)
     assert [layer.name for layer in audit.linear if layer.precision != "int8"] == []
     kernels = [kernel for program in read_plan(engine.read_bytes()) for kernel in program.kernels]
-    sites = find_dyrelu(import_graph(load_model(tmp_path / "keep" / "int8.onnx")))
+    sites = find_dyrelu(import_graph(load_model(tmp_path / "keep" / "rewritten.onnx")))
     assert [site.variant for site in sites] == [variant] * 2
     for site in sites:
         body = {node.name for node in site.body}
