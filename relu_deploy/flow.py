@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -18,9 +17,10 @@ from calib.sources import Source
 from relu_deploy.engines.base import BuildConfig, BuildReport, get_backend
 from relu_deploy.errors import QuantizationError, RangesError
 from relu_deploy.graph import load_model, save_model
-from relu_deploy.int8.drift import OutputDrift, measure_drift
+from relu_deploy.int8.drift import COLLAPSE_DB, OutputDrift
+from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.run import QuantReport, quantize, refuse_quantized
-from relu_deploy.int8.sensitivity import Draft, Sensitivity, measure_sensitivity, refuse_collapse
+from relu_deploy.int8.sensitivity import refuse_collapse
 from relu_deploy.passes.run import RewriteReport, rewrite, spell
 from relu_deploy.report import to_json
 
@@ -41,6 +41,10 @@ class Int8Plan:
         method: How a range is chosen from what ``source`` gives, one of :data:`calib.options.METHODS`.
         percentile: Of the method of that name.
         float_part: What is left in float computes in ``fp32`` or ``fp16``; ``auto``: what suits the target.
+        keep_worst: Leave at least so many of the layers in float that INT8 damages most; needs ``source``.
+        min_sqnr: Signal over noise that every output is to have, decibels.
+        correct: Choose weight codes and biases by what they do on ``source``.
+        rank: Rank all layers by the damage that INT8 does, also where nothing depends on it; needs ``source``.
         allow_collapse: Build it even where INT8 destroys an output.
     """
 
@@ -55,6 +59,10 @@ class Int8Plan:
     method: str = "max"
     percentile: float | None = None
     float_part: str = "auto"
+    keep_worst: int = 0
+    min_sqnr: float = COLLAPSE_DB
+    correct: bool = True
+    rank: bool = False
     allow_collapse: bool = False
 
     def __post_init__(self) -> None:
@@ -140,14 +148,14 @@ def build_engine(
         refuse_quantized(original)
     rewritten, rewrite_report = rewrite(original)
     ranges, quant_report = None, None
-    drift: tuple[OutputDrift, ...] = ()
     if int8 is None:
         network, _ = spell(rewritten, config.target)  # quantising spells by itself, and knows how exact it has to be
     else:
         ranges = _ranges(int8, original, rewritten, progress)
-        network, quant_report, drift = _quantized(rewritten, ranges, int8, config, progress)
+        network, quant_report = _quantized(rewritten, ranges, int8, config, progress)
     engine = backend.build(network, out, config)
     calibrated = None if ranges is None or int8 is None else _summary(ranges, int8)
+    drift = () if quant_report is None else quant_report.drift
     built = EngineBuilt(rewrite_report, calibrated, quant_report, drift, engine, _kept_names(keep, ranges))
     if keep is not None:
         _keep(keep, rewritten, ranges, network, built)
@@ -156,32 +164,26 @@ def build_engine(
 
 def _quantized(
     model: onnx.ModelProto, ranges: Ranges, plan: Int8Plan, config: BuildConfig, progress: Progress
-) -> tuple[onnx.ModelProto, QuantReport, tuple[OutputDrift, ...]]:
-    """Quantise and compare; where an output collapses, once more with the worst layers in float.
+) -> tuple[onnx.ModelProto, QuantReport]:
+    """Quantise, and compare with the float network where there is data.
 
     Raises:
-        CheckFailedError: an output still collapses, and the plan does not allow it.
+        CheckFailedError: an output collapses, and the plan does not allow it.
     """
-    source = plan.source
-
-    def attempt(inspect: Callable[[Draft], Sensitivity] | None) -> tuple[onnx.ModelProto, QuantReport]:
-        return quantize(
-            model, ranges, target=config.target, weight_bits=plan.weight_bits, keep_float=plan.keep_float,
-            check_ranges=False, extra_warnings=_card_warnings(config), weight_granularity=plan.weight_granularity,
-            float_part=plan.float_part, channel_fusion=plan.channel_fusion, inspect=inspect,
+    evidence = None
+    if plan.source is not None:
+        evidence = Evidence(
+            plan.source, plan.samples, keep_worst=plan.keep_worst, floor_db=plan.min_sqnr, rank=plan.rank,
+            correct=plan.correct, progress=progress,
         )  # fmt: skip
-
-    network, report = attempt(None)
-    if source is None:
-        return network, report, ()
-    integer = config.target == "ort"
-    drift = measure_drift(model, network, source, integer_kernels=integer)
-    if any(output.collapsed for output in drift):
-        network, report = attempt(lambda draft: measure_sensitivity(draft, source, progress=progress))
-        drift = measure_drift(model, network, source, integer_kernels=integer)
-        if not plan.allow_collapse:
-            refuse_collapse(drift, report.sensitivity)
-    return network, report, drift
+    network, report = quantize(
+        model, ranges, target=config.target, weight_bits=plan.weight_bits, keep_float=plan.keep_float,
+        check_ranges=False, extra_warnings=_card_warnings(config), weight_granularity=plan.weight_granularity,
+        float_part=plan.float_part, channel_fusion=plan.channel_fusion, evidence=evidence,
+    )  # fmt: skip
+    if not plan.allow_collapse:
+        refuse_collapse(report.drift, report.sensitivity, plan.min_sqnr)
+    return network, report
 
 
 def _card_warnings(config: BuildConfig) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from relu_deploy.cli import inspect, quantize, rewrite
-from relu_deploy.cli.accuracy_options import allow_collapse_option
+from relu_deploy.cli.accuracy_options import Kept, accuracy_options, check_needs_data, write_report
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options, method_options
 from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
@@ -83,7 +83,7 @@ def _read_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @click.option(
     "--workspace", type=click.IntRange(min=1), metavar="MIB", help="TensorRT: most scratch memory on the card."
 )
-@allow_collapse_option
+@accuracy_options
 @click.option(
     "--require-int8", is_flag=True, help="Write no engine (exit 1) when a layer given INT8 would run in float."
 )
@@ -94,8 +94,8 @@ def command(
     model: Path, output: Path, target: str, to_int8: bool, data: str | None, preprocess: str | None,
     samples: int | None, batch_size: int, method: str, percentile: float | None, ranges: Path | None, weight_bits: str,
     weight_granularity: str, float_part: str, channel_fusion: str, keep_float: tuple[str, ...], sm: tuple[str, ...],
-    shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, allow_collapse: bool,
-    require_int8: bool,
+    shapes: dict[str, ShapeRange], optimization_level: int | None, workspace: int | None, require_int8: bool,
+    min_sqnr: float, correct: bool, report_path: Path | None, allow_collapse: bool,
     log: Path | None, keep: Path | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Build an engine from MODEL.onnx.
@@ -127,25 +127,33 @@ def command(
     if percentile is not None and method != "percentile":
         raise click.UsageError("--calib-percentile is for --calib-method percentile")
     network, plan = load_model(model), None
+    kept = Kept.parse(keep_float, network)
+    check_needs_data(data, kept, report_path)
     if to_int8:
         width = parse_weight_bits(weight_bits)
         source = None if data is None else open_source(data, model_inputs(network), preprocess=preprocess)
         plan = Int8Plan(
-            source,
-            ranges,
-            samples,
-            batch_size,
-            width,
-            keep_float,
-            weight_granularity,
-            channel_fusion,
-            method,
-            percentile,
-            float_part,
-            allow_collapse,
+            source=source,
+            ranges=ranges,
+            samples=samples,
+            batch_size=batch_size,
+            weight_bits=width,
+            keep_float=kept.names,
+            weight_granularity=weight_granularity,
+            channel_fusion=channel_fusion,
+            method=method,
+            percentile=percentile,
+            float_part=float_part,
+            keep_worst=kept.worst,
+            min_sqnr=min_sqnr,
+            correct=correct,
+            rank=report_path is not None,
+            allow_collapse=allow_collapse,
         )
     with progress_bar() as progress:
         built = build_engine(network, output, config, int8=plan, keep=keep, progress=progress)
+    if report_path is not None and built.quantize is not None:
+        write_report(report_path, built.quantize)
     emit(built, json_path, lambda: render(built, output))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from relu_deploy.cli.accuracy_options import Kept, accuracy_options, check_needs_data, inspector
+from relu_deploy.cli.accuracy_options import Kept, accuracy_lines, accuracy_options, check_needs_data, write_report
 from relu_deploy.cli.common import INPUT_FILE, OUTPUT_FILE, emit, json_option, progress_bar
 from relu_deploy.cli.data_options import data_options
 from relu_deploy.cli.int8_options import int8_options, parse_weight_bits
@@ -50,13 +49,14 @@ def command(
     data: str | None,
     preprocess: str | None,
     samples: int | None,
-    batch_size: int,  # noqa: ARG001 - one sample at a time is compared
+    batch_size: int,  # noqa: ARG001 - the same options of data everywhere; here one sample at a time is looked at
     weight_bits: str,
     weight_granularity: str,
     float_part: str,
     channel_fusion: str,
     keep_float: tuple[str, ...],
     min_sqnr: float,
+    correct: bool,
     report_path: Path | None,
     allow_collapse: bool,
     form: str,
@@ -75,22 +75,25 @@ def command(
       relu-deploy quantize student.onnx --ranges ranges.json --format qoperator --multipliers t.json -o student.q.onnx
     """  # noqa: D301  \b is click's mark for text that keeps its lines
     from calib import ranges as ranges_file
-    from calib.files import write_json
     from calib.inputs import model_inputs
     from calib.sources import open_source
     from relu_deploy.graph import load_model, save_model
-    from relu_deploy.int8.drift import measure_drift
+    from relu_deploy.int8.evidence import Evidence
     from relu_deploy.int8.qoperator_files import check_integer_options, write_integers
     from relu_deploy.int8.run import quantize
     from relu_deploy.int8.sensitivity import refuse_collapse
-    from relu_deploy.report import to_json
 
     check_integer_options(target, form, multipliers)
     source = load_model(model)
     kept = Kept.parse(keep_float, source)
     check_needs_data(data, kept, report_path)
-    seen = None if data is None else open_source(data, model_inputs(source), preprocess=preprocess)
     with progress_bar() as progress:
+        evidence = None
+        if data is not None:
+            evidence = Evidence(
+                open_source(data, model_inputs(source), preprocess=preprocess), samples, keep_worst=kept.worst,
+                floor_db=min_sqnr, rank=report_path is not None, correct=correct, progress=progress,
+            )  # fmt: skip
         quantized, report = quantize(
             source,
             ranges_file.load(ranges),
@@ -100,15 +103,12 @@ def command(
             float_part=float_part,
             channel_fusion=channel_fusion,
             keep_float=kept.names,
-            inspect=None if seen is None else inspector(seen, kept, min_sqnr, progress),
+            evidence=evidence,
         )
-    if seen is not None:
-        few = itertools.islice(seen, samples)
-        drift = measure_drift(source, quantized, few, integer_kernels=target == "ort")
-        if report_path is not None:
-            write_json(report_path, to_json({"outputs": drift, "sensitivity": report.sensitivity}))
-        if not allow_collapse:
-            refuse_collapse(drift, report.sensitivity, min_sqnr)
+    if report_path is not None:
+        write_report(report_path, report)
+    if not allow_collapse:
+        refuse_collapse(report.drift, report.sensitivity, min_sqnr)
     if form == "qdq" and multipliers is None:
         save_model(quantized, output)
     else:
@@ -128,11 +128,7 @@ def render(report: QuantReport, output: Path | None = None) -> RenderableType:
         lines.append(table)
     if report.fusion is not None and report.fusion.channels:
         lines.append(Text(fusion_line(report.fusion)))
-    if report.sensitivity is not None:
-        found = report.sensitivity
-        text = f"INT8 alone leaves {found.before_db:.1f} dB at the worst output ({found.samples} samples)"
-        kept = f"; {found.after_db:.1f} dB with {len(found.kept)} layers in float" if found.kept else ""
-        lines.append(Text(text + kept))
+    lines.extend(accuracy_lines(report))
     forms = Counter(note.split(",")[0] for note in report.folded.values())
     lines.extend(Text(f"{count} x {form}: activations without a kernel of their own") for form, count in forms.items())
     if report.integer is not None:

@@ -13,10 +13,15 @@ from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import ModelError, QuantizationError
 from relu_deploy.int8.cheaper import cheaper_in_half
+from relu_deploy.int8.correct import Correction, correct
+from relu_deploy.int8.draft import Draft
+from relu_deploy.int8.drift import SAMPLES, OutputDrift, measure_drift
 from relu_deploy.int8.even_inputs import EvenInputs, even_inputs
 from relu_deploy.int8.even_rows import even_rows
+from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
 from relu_deploy.int8.fuse import FusionReport, fuse_channels
+from relu_deploy.int8.fuse_noise import Array
 from relu_deploy.int8.half import halve
 from relu_deploy.int8.islands import Evened, channels_of, even_islands
 from relu_deploy.int8.islands_spell import shorten_islands
@@ -25,10 +30,11 @@ from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.lower_pools import spell_average_pools
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
 from relu_deploy.int8.qoperator_files import IntegerReport
-from relu_deploy.int8.sensitivity import Draft, Sensitivity
+from relu_deploy.int8.sensitivity import Sensitivity, measure_sensitivity
 from relu_deploy.int8.settle import settle
 from relu_deploy.int8.shield import shield_float_layers
 from relu_deploy.int8.siblings import merge_siblings
+from relu_deploy.int8.store import Stored
 from relu_deploy.int8.tables import stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
@@ -71,6 +77,8 @@ class QuantReport:
             TensorRT-RTX all tensors that layers read.
         rows: Convolutions whose weights were evened out row by row, and those that were not.
         sensitivity: Layers by the damage that INT8 does, where data to measure it on was given.
+        correction: Weights and biases chosen on that data.
+        drift: How far each output is from the float network's on its first samples; empty without it.
         integer: The form in integer operators and its multipliers, where they were asked for.
         float_part: Type in which what is left in float computes: ``fp32`` or ``fp16``.
         half: Nodes that became float16, and those that stay float32 with the reason.
@@ -93,6 +101,8 @@ class QuantReport:
     islands: PassReport | None = None
     rows: PassReport | None = None
     sensitivity: Sensitivity | None = None
+    correction: Correction | None = None
+    drift: tuple[OutputDrift, ...] = ()
     integer: IntegerReport | None = None
 
     @property
@@ -113,7 +123,7 @@ def quantize(
     keep_float: Iterable[str] = (),
     check_ranges: bool = True,
     extra_warnings: Iterable[str] = (),
-    inspect: Callable[[Draft], Sensitivity] | None = None,
+    evidence: Evidence | None = None,
 ) -> tuple[onnx.ModelProto, QuantReport]:
     """Quantise a float network to INT8 with Q/DQ.
 
@@ -129,7 +139,7 @@ def quantize(
         channel_fusion: ``pow2``, ``free`` or ``off``, see :func:`relu_deploy.int8.fuse.fuse_channels`.
         keep_float: Names of linear layers to leave in float.
         extra_warnings: What the caller found worth warning of; they go into the report.
-        inspect: Measures on the network right before Q/DQ are written which layers are to stay in float too.
+        evidence: Samples to measure on which layers are to stay in float too, and to choose weights and biases by.
         check_ranges: False where the caller knows that ``ranges`` belongs to an equal network with the same tensor
             names.
 
@@ -188,18 +198,20 @@ def quantize(
 
     placement = placed(left)
     _check_layers(placement, keep_float)
-    rows, centres = None, {}
+    rows: PassReport | None = None
+    centres: dict[str, Array] = {}
     if number.target == "tensorrt-rtx" and channel_fusion != "off":
         rows = even_rows(graph, placement, fusion.ranges, bounds, number)
-        evened = even_inputs(graph, placement, fusion.ranges, bounds, number)
-        centres, placement = evened.centres, placed(left)
+        moved = even_inputs(graph, placement, fusion.ranges, bounds, number)
+        evened, centres, placement = moved, moved.centres, placed(left)
     sites = take_back(graph, sites, placement)
-    sensitivity = None
-    if inspect is not None and not sites:
-        sensitivity = inspect(Draft(graph, lifted, placement, bounds, number))
-        placement = placed({**left, **_damaged(sensitivity)}) if sensitivity.kept else placement
-    settled = settle(graph, placement, centres, {}, number)
-    written = write(graph, placement, bounds, number, settled)
+    decided = None
+    if evidence is not None and not sites:
+        draft = Draft(graph, lifted, placement, bounds, number)
+        decided = _decide(draft, lambda damaged: placed({**left, **damaged}), evidence)
+        placement = decided.placement
+    stored = settle(graph, placement, centres, {} if decided is None else decided.weights, number)
+    written = write(graph, placement, bounds, number, stored)
     write_tables(graph, sites, written.activations)
     files.tidy(graph)
     half = halve(graph, bounds) if number.half and not is_half(lifted) else None
@@ -213,9 +225,40 @@ def quantize(
     told = (*cpu_warnings, *opset_warnings, *extra_warnings)
     report = _report(quantized, placement, written, number, told, folded)
     islands = None if evened is None else evened.report
-    return quantized, dataclasses.replace(
-        report, fusion=fusion.report, islands=islands, rows=rows, half=half, merged=merged, sensitivity=sensitivity
-    )
+    report = dataclasses.replace(report, fusion=fusion.report, islands=islands, rows=rows, half=half, merged=merged)
+    return quantized, report if evidence is None else _measured(report, decided, model, quantized, evidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decided:
+    """What samples decided: where INT8 goes, and what is stored of its layers."""
+
+    placement: Placement
+    weights: dict[str, Stored]
+    sensitivity: Sensitivity
+    correction: Correction | None
+
+
+def _decide(draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], evidence: Evidence) -> _Decided:
+    """Leave in float what INT8 damages too much, and correct the rest."""
+    sensitivity = measure_sensitivity(draft, evidence)
+    if sensitivity.kept:
+        draft = dataclasses.replace(draft, placement=place_again(_damaged(sensitivity)))
+    weights, correction = correct(draft, evidence) if evidence.correct else ({}, None)
+    return _Decided(draft.placement, weights, sensitivity, correction)
+
+
+def _measured(
+    report: QuantReport, decided: _Decided | None, model: onnx.ModelProto, quantized: onnx.ModelProto,
+    evidence: Evidence,
+) -> QuantReport:  # fmt: skip
+    """The report with what was seen on samples."""
+    integer = report.target == "ort"
+    drift = measure_drift(model, quantized, evidence.first(SAMPLES), integer_kernels=integer)
+    if decided is None:
+        return dataclasses.replace(report, drift=drift)
+    found, done = decided.sensitivity, decided.correction
+    return dataclasses.replace(report, drift=drift, sensitivity=found, correction=done)
 
 
 def _damaged(found: Sensitivity) -> dict[str, str]:

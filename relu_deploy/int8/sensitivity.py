@@ -7,8 +7,8 @@ weights of the layers. One session then measures any combination, without quanti
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +17,19 @@ import onnx_graphsurgeon as gs
 
 from calib.batches import batches
 from calib.errors import message_of
-from calib.inputs import Sample, model_inputs
-from calib.progress import Progress, silent
+from calib.inputs import model_inputs
+from calib.progress import Progress
 from calib.runtime import RUNTIME_ERRORS
 from calib.session import open_session
 from relu_deploy import graph as files
 from relu_deploy.errors import CheckFailedError, QuantizationError
-from relu_deploy.int8.drift import COLLAPSE_DB, OutputDrift, sqnr_db
-from relu_deploy.int8.formats import NumberFormat, quantize_symmetric, weight_scales
+from relu_deploy.int8.draft import Draft
+from relu_deploy.int8.drift import COLLAPSE_DB, OutputDrift
+from relu_deploy.int8.evidence import GOOD_DB, Evidence
+from relu_deploy.int8.formats import quantize_symmetric, weight_scales
 from relu_deploy.int8.granularity import shares_scale
-from relu_deploy.int8.place import Placement
+from relu_deploy.int8.heads import heads
+from relu_deploy.int8.rounded import round_tensor
 from relu_deploy.int8.store import layer_operands, weight_axis
 from relu_deploy.int8.write import activation_grids
 
@@ -38,30 +41,9 @@ MOST_FLOAT = 0.1
 _NAMED = 3
 # Few samples and no integer kernels: predictions were seen to be up to 3.4 dB better than the file that was written.
 _DOUBT_DB = 4.0
-# Outputs that need help are taken clear of the floor, not just past it: there a network is of little use.
-_CLEARANCE_DB = 10.0
+# Decibels that a layer left in float is to bring: it computes slower.
+_WORTH_DB = 0.5
 _SWITCHES = "relu_deploy/switches"
-# Past this a rounding cannot be seen at the outputs at all.
-_CLEAN_DB = 200.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """A network right before Q/DQ are written.
-
-    Attributes:
-        graph: Float, with every change that INT8 asked for.
-        source: What it was imported from.
-        placement: Where INT8 goes.
-        bounds: Range of each tensor.
-        number: The target's format.
-    """
-
-    graph: gs.Graph
-    source: onnx.ModelProto
-    placement: Placement
-    bounds: dict[str, tuple[float, float]]
-    number: NumberFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +67,7 @@ class Sensitivity:
         samples: How many were compared.
         before_db: Signal over noise of the worst output with all layers INT8.
         after_db: The same with those in ``kept`` in float.
-        layers: Worst first.
+        layers: Worst first; empty where the outputs are good and nobody asked.
         kept: Layers to leave in float.
     """
 
@@ -96,45 +78,61 @@ class Sensitivity:
     kept: tuple[str, ...]
 
 
-def measure_sensitivity(
-    draft: Draft, source: Iterable[Sample], *, keep: int = 0, floor_db: float = COLLAPSE_DB,
-    progress: Progress = silent,
-) -> Sensitivity:  # fmt: skip
-    """Rank layers, and choose those to leave in float.
+def measure_sensitivity(draft: Draft, evidence: Evidence) -> Sensitivity:
+    """Measure what INT8 does to the outputs; where it does harm, rank the layers and choose those to leave in float.
+
+    Harm is less than ``GOOD_DB`` at an output. Layers are then left in float, worst first, as long as each is worth its
+    time, a tenth of them at most.
 
     Args:
         draft: The network. Not changed.
-        source: Samples; the first few are used.
-        keep: Leave at least as many of the worst in float.
-        floor_db: Where an output is worse, or may be, leave as many as it takes to be well clear of this, a tenth of
-            the layers at most.
-        progress: Told of each layer.
+        evidence: Samples, of which the first few are used; and what is asked for.
 
     Raises:
         QuantizationError: the network does not run.
     """
+    aim = max(GOOD_DB, evidence.floor_db + _DOUBT_DB)
     try:
-        switched = _Switched(draft, source)
-        layers = [layer.name for layer in draft.placement.layers if layer.int8]
-        found = []
-        for index, name in enumerate(layers):
-            found.append(Damage(name, switched.sqnr(switched.of_layer(name))))
-            progress("rank layers", index + 1, len(layers))
-        found.sort(key=lambda damage: damage.sqnr_db)
+        switched = _Switched(draft, evidence)
         before = switched.sqnr(switched.without(()))
-        kept = [damage.layer for damage in found[:keep]]
-        weighted = _with_weights(draft)
-        most = max(keep, int(MOST_FLOAT * weighted) - (weighted - len(layers)))
-        after = switched.sqnr(switched.without(kept)) if kept else before
-        aim = floor_db + _CLEARANCE_DB if after < floor_db + _DOUBT_DB else floor_db
-        while after < aim and len(kept) < min(most, len(found)):
-            kept.append(found[len(kept)].layer)
-            after = switched.sqnr(switched.without(kept))
+        if before >= aim and not evidence.rank and not evidence.keep_worst:
+            return Sensitivity(switched.samples, before, before, (), ())
+        found = _ranked(switched, draft, evidence.progress)
+        kept, after = _kept(switched, [damage.layer for damage in found], before, aim, draft, evidence.keep_worst)
     except RUNTIME_ERRORS as error:
         raise QuantizationError(f"the network does not run with switches: {message_of(error)}") from error
-    if not keep and after < before + 1:  # decibels: a layer in float is to be worth its time
-        kept, after = [], before
     return Sensitivity(switched.samples, before, after, tuple(found), tuple(kept))
+
+
+def _ranked(switched: _Switched, draft: Draft, progress: Progress) -> list[Damage]:
+    """Every INT8 layer by what it does alone, worst first."""
+    layers = [layer.name for layer in draft.placement.layers if layer.int8]
+    found = []
+    for index, name in enumerate(layers):
+        found.append(Damage(name, switched.sqnr(switched.of_layer(name))))
+        progress("rank layers", index + 1, len(layers))
+    return sorted(found, key=lambda damage: damage.sqnr_db)
+
+
+def _kept(
+    switched: _Switched, ranked: Sequence[str], before: float, aim: float, draft: Draft, least: int
+) -> tuple[list[str], float]:
+    """Layers to leave in float, at least ``least``, and signal over noise of the worst output then.
+
+    Of all numbers of layers that are allowed, that with the most decibels, less what each layer is to be worth.
+    """
+    weighted = _with_weights(draft)
+    most = min(max(least, int(MOST_FLOAT * weighted) - (weighted - len(ranked))), len(ranked))
+    best, reached, value = least, before if not least else switched.sqnr(switched.without(ranked[:least])), 0.0
+    value = reached - _WORTH_DB * least
+    after = reached
+    for count in range(least + 1, most + 1):
+        if after >= aim:
+            break
+        after = switched.sqnr(switched.without(ranked[:count]))
+        if after - _WORTH_DB * count > value:
+            best, reached, value = count, after, after - _WORTH_DB * count
+    return list(ranked[:best]), reached
 
 
 def refuse_collapse(drift: Iterable[OutputDrift], found: Sensitivity | None, floor_db: float = COLLAPSE_DB) -> None:
@@ -160,13 +158,13 @@ def refuse_collapse(drift: Iterable[OutputDrift], found: Sensitivity | None, flo
 class _Switched:
     """The network with a switch at every rounding, and its outputs with all of them off."""
 
-    def __init__(self, draft: Draft, source: Iterable[Sample]) -> None:
+    def __init__(self, draft: Draft, evidence: Evidence) -> None:
         self.sites: list[tuple[str, str]] = []  # kind and name, in the order of the switches
-        self._draft = draft
+        self._draft, self._heads = draft, heads(draft)
         model = self._build(draft)
         specs = tuple(spec for spec in model_inputs(model) if spec.name != _SWITCHES)
         self._session = open_session(model, optimise=True)
-        taken = list(itertools.islice(source, SAMPLES))
+        taken = evidence.first(SAMPLES)
         self._feeds = [dict(batch.feeds) for batch in batches(taken, specs, batch_size=1)]
         self.samples = len(taken)
         self._reference = self._run(np.zeros(len(self.sites), dtype=bool))
@@ -191,41 +189,28 @@ class _Switched:
 
     def sqnr(self, switches: npt.NDArray[np.bool_]) -> float:
         """Signal over noise of the worst output, decibels."""
-        worst = _CLEAN_DB
-        for signal, noise in zip(*self._compare(switches), strict=True):
-            worst = min(worst, (sqnr_db(signal, noise) or _CLEAN_DB) if np.isfinite(noise) else -_CLEAN_DB)
-        return worst
+        return self._heads.worst_db(self._reference, self._run(switches))
 
-    def _compare(self, switches: npt.NDArray[np.bool_]) -> tuple[list[float], list[float]]:
-        signals, noises = [0.0] * len(self._reference[0]), [0.0] * len(self._reference[0])
-        for wanted, found in zip(self._reference, self._run(switches), strict=True):
-            for at, (a, b) in enumerate(zip(wanted, found, strict=True)):
-                signals[at] += float(np.sum(a.astype(np.float64) ** 2))
-                noises[at] += float(np.sum((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-        return signals, noises
-
-    def _run(self, switches: npt.NDArray[np.bool_]) -> list[list[npt.NDArray[np.generic]]]:
-        found = [self._session.run(None, {**feeds, _SWITCHES: switches}) for feeds in self._feeds]
-        return [[v for v in values if isinstance(v, np.ndarray) and v.dtype.kind == "f"] for values in found]
+    def _run(self, switches: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
+        names = [output.name for output in self._session.get_outputs()]
+        found = [self._session.run(names, {**feeds, _SWITCHES: switches}) for feeds in self._feeds]
+        return [dict(zip(names, values, strict=True)) for values in found]
 
     def _build(self, draft: Draft) -> onnx.ModelProto:
-        graph = draft.graph.copy()
+        graph = self._heads.graph.copy()
         switches = gs.Variable(_SWITCHES, dtype=np.bool_)
         tensors, nodes = graph.tensors(), {node.name: node for node in graph.nodes}
         for name, grid in activation_grids(draft.placement, draft.bounds, draft.number).items():
+            if name not in tensors:  # it leads to no output that is measured
+                continue
             tensor, readers = tensors[name], draft.placement.uses[name]
             ends = [node for node in list(tensor.outputs) if readers is None or node.name in readers]
             chosen = gs.Variable(f"{name}/switched", dtype=tensor.dtype, shape=tensor.shape)
-            scale = gs.Constant(f"{name}/s", np.asarray(grid.scale, tensor.dtype or np.float32))
-            zero = gs.Constant(f"{name}/z", np.asarray(grid.zero_point, grid.dtype))
-            codes, rounded = gs.Variable(f"{name}/q", dtype=np.dtype(grid.dtype)), gs.Variable(f"{name}/d")
-            rounded.dtype = tensor.dtype
-            graph.nodes.append(gs.Node("QuantizeLinear", f"{name}/Q", inputs=[tensor, scale, zero], outputs=[codes]))
-            graph.nodes.append(gs.Node("DequantizeLinear", f"{name}/D", inputs=[codes, scale, zero], outputs=[rounded]))
+            rounded = round_tensor(graph, tensor, grid)
             for node in ends:
                 node.inputs = [chosen if operand is tensor else operand for operand in node.inputs]
             self._switch(graph, switches, ("tensor", name), rounded, tensor, chosen)
-        for name in sorted(draft.placement.chosen):
+        for name in sorted(draft.placement.chosen & nodes.keys()):
             node = nodes[name]
             weight, bias = layer_operands(node)
             node.attrs.pop("alpha", None)

@@ -16,8 +16,8 @@ from relu_deploy.cli import main
 from relu_deploy.engines.base import BuildConfig
 from relu_deploy.errors import CheckFailedError
 from relu_deploy.flow import Int8Plan, build_engine
+from relu_deploy.int8.evidence import GOOD_DB, Evidence
 from relu_deploy.int8.run import quantize
-from relu_deploy.int8.sensitivity import measure_sensitivity
 
 CHANNELS = 8
 
@@ -55,13 +55,12 @@ def fragile():
 
 def inspected(fragile, **options):
     model, source, ranges = fragile
-    return quantize(
-        model, ranges, target="ort", weight_bits=8, inspect=lambda draft: measure_sensitivity(draft, source, **options)
-    )
+    evidence = Evidence(source, rank=True, correct=False, **options)
+    return quantize(model, ranges, target="ort", weight_bits=8, evidence=evidence)
 
 
 def test_the_layer_that_loses_most_comes_first(fragile):
-    _, report = inspected(fragile, floor_db=0)
+    _, report = inspected(fragile)
     found = report.sensitivity
     assert {layer.layer for layer in found.layers} == {"one", "two", "three", "four"}
     assert {found.layers[0].layer, found.layers[1].layer} == {"one", "two"}, "they share the tensor that is rounded"
@@ -71,8 +70,8 @@ def test_the_layer_that_loses_most_comes_first(fragile):
 
 
 def test_the_worst_are_kept_and_the_outputs_gain(fragile):
-    plain, _ = inspected(fragile, floor_db=0)
-    kept, report = inspected(fragile, keep=2, floor_db=0)
+    plain, _ = inspected(fragile)
+    kept, report = inspected(fragile, keep_worst=2)
     assert set(report.sensitivity.kept) == {"one", "two"}
     assert {layer.name for layer in report.layers if not layer.int8} == {"one", "two"}
     assert all("dB" in layer.reason for layer in report.layers if not layer.int8)
@@ -94,7 +93,7 @@ def test_what_is_predicted_is_what_the_file_does(fragile):
     model, source, _ = fragile
     # Where layers are kept in float other tensors are rounded around them, which the switches only come close to.
     for keep, within in ((0, 0.5), (2, 5.0)):
-        quantized, report = inspected(fragile, keep=keep, floor_db=0)
+        quantized, report = inspected(fragile, keep_worst=keep)
         (drift,) = measure_drift(model, quantized, list(source)[:4], integer_kernels=False)
         assert drift.sqnr_db == pytest.approx(report.sensitivity.after_db, abs=within)
 
@@ -153,7 +152,7 @@ def test_build_engine_refuses_a_collapse(tmp_path):
     assert built.quantize.sensitivity.layers
 
 
-def test_products_of_live_tensors_use_up_no_share_and_outputs_are_taken_clear_of_the_floor():
+def chained():
     model = fragile_model()
     tail = [f"[l{i}] t{i} = Conv({f't{i - 1}' if i else 'q'}, w5)" for i in range(16)]
     products = "[p] u = MatMul(t15, x) [q] v = MatMul(u, x) [r2] z = MatMul(v, x)"
@@ -166,10 +165,41 @@ def test_products_of_live_tensors_use_up_no_share_and_outputs_are_taken_clear_of
     longer.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(8, dtype=np.float32)[..., None, None], "w5"))
     longer = onnx.shape_inference.infer_shapes(longer)
     source = open_source(DATA, model_inputs(longer))
-    measured = longer, source, calibrate(longer, source)
+    return longer, source, calibrate(longer, source)
+
+
+def test_products_of_live_tensors_use_up_no_share_and_outputs_are_taken_clear_of_the_floor():
+    measured = chained()
     _, report = inspected(measured, floor_db=8)
     found = report.sensitivity
     assert 8 < found.before_db < 12, "past the floor by less than such predictions are wrong by"
-    assert found.kept == ("two",), "at most two of twenty layers with weights; one is enough"
+    assert set(found.kept) == {"one", "two"}, "two of twenty layers with weights are allowed, and each brings something"
     assert found.after_db > 18
-    assert inspected(measured, floor_db=6)[1].sensitivity.kept == ()
+
+
+def test_layers_are_kept_only_as_long_as_each_is_worth_it():
+    """Sixteen layers that do no harm are behind two that do: only one or both of those are kept in float."""
+    _, report = inspected(chained(), floor_db=0)
+    found = report.sensitivity
+    assert found.kept
+    assert set(found.kept) <= {"one", "two"}
+    assert found.after_db >= found.before_db + 0.5 * len(found.kept)
+
+
+def test_good_outputs_are_not_ranked_unless_asked():
+    rng = np.random.default_rng(3)
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 8] x) => (float[N, 4] y) {'
+        "[one] a = Gemm(x, w) r = Relu(a) [two] y = Gemm(r, v) }"
+    )
+    for name, shape in (("w", (8, 16)), ("v", (16, 4))):
+        values = rng.normal(size=shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    source = open_source(rng.normal(size=(64, 8)).astype(np.float32), model_inputs(model))
+    ranges = calibrate(model, source)
+    told = []
+    for rank in (False, True):
+        seen = Evidence(source, rank=rank, progress=lambda step, *_: told.append(step))
+        _, report = quantize(model, ranges, weight_bits=8, evidence=seen)
+        assert report.sensitivity.before_db > GOOD_DB
+        assert bool(report.sensitivity.layers) == rank == ("rank layers" in told)

@@ -1,0 +1,241 @@
+"""Weights and biases corrected for what INT8 does to their layers, on samples: layer after layer, as the data flows.
+
+A layer is given the inputs that the quantised network really makes, with all layers before it corrected, and is to give
+what the float network gives. Its codes are chosen together and its bias takes up the mean error
+(:mod:`relu_deploy.int8.rounding`); for each output channel the correction is kept only where it is better on samples
+that it was not chosen on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from calib.batches import batches
+from calib.errors import message_of
+from calib.inputs import model_inputs
+from calib.progress import Progress
+from calib.runtime import RUNTIME_ERRORS
+from relu_deploy import graph as files
+from relu_deploy.errors import QuantizationError
+from relu_deploy.int8.draft import Draft
+from relu_deploy.int8.drift import sqnr_db
+from relu_deploy.int8.evidence import Evidence
+from relu_deploy.int8.heads import heads
+from relu_deploy.int8.rounded import bias_name, nearest, rounded_model, weight_name
+from relu_deploy.int8.rounding import Choice, Rows, best_choice, choose_codes, errors_of
+from relu_deploy.int8.store import Stored, layer_operands, weight_axis
+from relu_deploy.int8.walk import Walk
+from relu_deploy.int8.windows import Windows, as_matrix, from_matrix, windows_of
+from relu_deploy.int8.write import activation_grids
+
+Array = npt.NDArray[Any]
+# What is learned from, and what judges it. With fewer, a third judges; with very few, all do both.
+LEARNED, JUDGED = 16, 8
+_FEWEST = 6
+# Rows of a layer's input, over all samples; and the numbers they may hold.
+_ROWS, _NUMBERS = 8192, 1 << 24
+# Second moments of more inputs than this take more than a GiB: such a layer gets a bias, and the nearest codes.
+_WIDEST = 4608
+# Steps that an int32 bias may move by: far from overflow with the 30 bits that it may have before.
+_BIAS_ROOM = 1 << 29
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrected:
+    """One layer.
+
+    Attributes:
+        layer: Its node.
+        before_db: Signal over noise of its output in the INT8 network with nearest codes, on samples that judge.
+        after_db: The same with everything up to this layer corrected.
+        rounded: Output channels that got other codes than the nearest.
+        shifted: Output channels that got another bias.
+    """
+
+    layer: str
+    before_db: float | None
+    after_db: float | None
+    rounded: int
+    shifted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """What correcting did.
+
+    Attributes:
+        learned: Samples that corrections were chosen on.
+        judged: Samples that they were judged on; the same ones where there are too few.
+        before_db: Signal over noise of the worst output before, on the samples that judge.
+        after_db: After.
+        used: Whether the corrections are in the file: only where they made no output worse.
+        layers: In the order of the network.
+    """
+
+    learned: int
+    judged: int
+    before_db: float | None
+    after_db: float | None
+    used: bool
+    layers: tuple[Corrected, ...]
+
+
+def correct(draft: Draft, evidence: Evidence) -> tuple[dict[str, Stored], Correction]:
+    """Choose codes and biases of every INT8 layer.
+
+    Args:
+        draft: The network. Not changed.
+        evidence: Samples; the first few are used.
+
+    Returns:
+        Layer -> what is to be stored of it; and what was done.
+
+    Raises:
+        QuantizationError: the network does not run, or there are no samples.
+    """
+    try:
+        return _Pass(draft, evidence).run(evidence.progress)
+    except RUNTIME_ERRORS as error:
+        raise QuantizationError(f"the network does not run in pieces: {message_of(error)}") from error
+
+
+@dataclasses.dataclass
+class _Way:
+    """One way of correcting, on its way through the network.
+
+    Attributes:
+        walk: The network, corrected up to where it is.
+        stored: Of every layer, what is stored.
+        rounding: Whether codes are chosen together.
+        shifting: Whether biases are changed.
+        layers: What was done.
+    """
+
+    walk: Walk
+    stored: dict[str, Stored]
+    rounding: bool
+    shifting: bool
+    layers: list[Corrected] = dataclasses.field(default_factory=list)
+
+
+class _Pass:
+    """The networks on their way: float, INT8 as it is, and INT8 corrected in several ways."""
+
+    def __init__(self, draft: Draft, evidence: Evidence) -> None:
+        self.draft, self.heads = draft, heads(draft)
+        nodes = {node.name: node for node in draft.graph.nodes}
+        self.grids = activation_grids(draft.placement, draft.bounds, draft.number)
+        self.plain = {name: _with_bias(nodes[name], stored) for name, stored in nearest(draft).items()}
+        exact = files.export_graph(self.heads.graph, draft.source)
+        rounded = rounded_model(draft, self.heads.graph, self.plain)
+        feeds = [
+            dict(batch.feeds) for batch in batches(evidence.first(LEARNED + JUDGED), model_inputs(exact), batch_size=1)
+        ]
+        if not feeds:
+            raise QuantizationError("there is no sample to correct the weights on")
+        held = min(JUDGED, len(feeds) // 3) if len(feeds) >= _FEWEST else 0
+        self.learned = range(len(feeds) - held)
+        self.judged = range(len(feeds) - held, len(feeds)) if held else self.learned
+        self.exact, self.walk = Walk(exact, feeds), Walk(rounded, feeds)
+        self.ways = [
+            _Way(Walk(rounded, feeds), dict(self.plain), rounding, shifting)
+            for rounding, shifting in ((True, True), (False, True), (True, False))
+        ]
+        self.reads = {node.name: node.input[0] for node in rounded.graph.node}
+
+    def run(self, progress: Progress) -> tuple[dict[str, Stored], Correction]:
+        layers = [node for node in self.heads.graph.nodes if node.name in self.draft.placement.chosen]
+        for number, node in enumerate(layers):
+            if (windows := windows_of(node)) is not None:
+                self._layer(node, windows, number)
+            progress("correct weights", number + 1, len(layers))
+        before = self._at_outputs(self.walk)
+        reached = [self._at_outputs(way.walk) for way in self.ways]
+        after = max(reached)
+        best = self.ways[reached.index(after)]
+        report = Correction(len(self.learned), len(self.judged), before, after, after > before, tuple(best.layers))
+        return (self._changed(best) if report.used else {}), report
+
+    def _layer(self, node: gs.Node, windows: Windows, number: int) -> None:
+        plain = self.plain[node.name]
+        weight = as_matrix(node, layer_operands(node)[0], windows.groups).astype(np.float64)
+        codes = as_matrix(node, plain.codes, windows.groups).astype(np.int64)
+        scale = np.broadcast_to(plain.scales.astype(np.float64).reshape(-1), (weight[..., 0].size,))
+        scale = scale.reshape(weight.shape[:2])
+        width = weight.shape[0] * weight.shape[2]
+
+        def rows(walk: Walk, name: str, samples: Sequence[int]) -> npt.NDArray[np.float32]:
+            values = walk.fetch(name)
+            most = -(-min(_ROWS, max(_NUMBERS // width, 1)) // len(samples))
+            return np.concatenate([windows.rows(values[at], most, number) for at in samples], axis=1)
+
+        data, read = node.inputs[0].name, self.reads[node.name]
+        learned, judged = (rows(self.exact, data, samples) for samples in (self.learned, self.judged))
+        options = [codes]
+        if weight.shape[2] <= _WIDEST:
+            seen = rows(self.walk, read, self.learned)
+            options.append(choose_codes(weight, scale, seen, self.draft.number.weight_max))
+        none = np.zeros(scale.shape)
+        power = float(errors_of(weight, 0 * weight, none, Rows(judged, judged)).sum())
+        plainly = errors_of(weight, codes * scale[..., None], none, Rows(judged, rows(self.walk, read, self.judged)))
+        before = sqnr_db(power, float(plainly.sum()))
+        for way in self.ways:
+            best = best_choice(
+                weight, scale, options if way.rounding else options[:1],
+                Rows(learned, rows(way.walk, read, self.learned)) if way.shifting else Rows(learned, learned),
+                Rows(judged, rows(way.walk, read, self.judged)), self._room(node) if way.shifting else 0.0,
+            )  # fmt: skip
+            _keep(way, node, best)
+            rounded, shifted = int((best.codes != codes).any(axis=2).sum()), int((best.offset != 0).sum())
+            after = sqnr_db(power, float(best.error.sum()))
+            way.layers.append(Corrected(node.name, before, after, rounded, shifted))
+
+    def _room(self, node: gs.Node) -> float:
+        """How far a bias may move, in steps of the weights; 0 where the layer has none of its own."""
+        if self.plain[node.name].bias is None:
+            return 0.0
+        return self.grids[node.inputs[0].name].scale * _BIAS_ROOM if self.draft.number.integer_bias else np.inf
+
+    def _at_outputs(self, walk: Walk) -> float:
+        """Signal over noise of the worst output, on the samples that judge."""
+        names = [name for part in self.heads.parts for name in part]
+        wanted, found = ({name: one.fetch(name) for name in names} for one in (self.exact, walk))
+        samples = [({n: wanted[n][at] for n in names}, {n: found[n][at] for n in names}) for at in self.judged]
+        return self.heads.worst_db([a for a, _ in samples], [b for _, b in samples])
+
+    def _changed(self, way: _Way) -> dict[str, Stored]:
+        """What to store; a layer whose bias stayed 0 where it had none gets none."""
+        given = {node.name: layer_operands(node)[1] for node in self.draft.graph.nodes if node.name in way.stored}
+        return {
+            name: dataclasses.replace(stored, bias=None)
+            if given[name] is None and stored.bias is not None and not stored.bias.any()
+            else stored
+            for name, stored in way.stored.items()
+        }
+
+
+def _keep(way: _Way, node: gs.Node, best: Choice) -> None:
+    """Put what was chosen into the network on its way, for the layers behind."""
+    plain = way.stored[node.name]
+    stored = dataclasses.replace(plain, codes=from_matrix(node, best.codes, plain.codes).astype(np.int8))
+    if plain.bias is not None:
+        bias = (plain.bias + best.offset.reshape(-1)).astype(plain.bias.dtype)
+        stored = dataclasses.replace(stored, bias=bias)
+        way.walk.replace(bias_name(node.name), bias)
+    way.walk.replace(weight_name(node.name), stored.weight)
+    way.stored[node.name] = stored
+
+
+def _with_bias(node: gs.Node, stored: Stored) -> Stored:
+    """The same with a bias of zeros where a layer has none but could have one."""
+    free = len(node.inputs) < 3 or node.inputs[2].is_empty()
+    if stored.bias is not None or node.op == "MatMul" or not free:
+        return stored
+    size = node.inputs[1].values.shape[weight_axis(node) or 0]
+    return dataclasses.replace(stored, bias=np.zeros(size, node.inputs[1].values.dtype))
