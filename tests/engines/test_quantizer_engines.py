@@ -243,7 +243,47 @@ def test_products_of_values_that_float16_does_not_hold(tmp_path: Path, inside: f
     random = np.random.default_rng(0)
     sizes = {"w1": inside, "w2": 1.0, "w3": 1 / inside, "w4": last}
     weights: Weights = {k: (random.normal(0, 0.125, (64, 64)) * size).astype(np.float32) for k, size in sizes.items()}
-    check(parse(PRODUCTS, weights), tmp_path)
+    assert_promises_kept(parse(PRODUCTS, weights), tmp_path)
+
+
+def assert_promises_kept(model: onnx.ModelProto, folder: Path) -> BuildReport:
+    """Quantise as it is done where nothing is asked for, and build; the report and the engine say the same."""
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx")
+    assert report.float_part == "fp16"
+    built = build(quantized, folder)
+    assert broken_promises(report, quantized, built, student=False) == []
+    return built
+
+
+FUSED = """(float[1,16,64] x) => (float[1,16,64] y) <int64[3] parts = {64, 64, 64}, int64[4] heads = {0, 0, 4, 16},
+  int64[5] five = {0, 0, 3, 4, 16}, int64[3] flat = {0, 0, 64}, int64 first = {0}, int64 second = {1},
+  int64 third = {2}, float root = {0.25}> {
+  [qkv] p0 = MatMul(x, w) p = Add(p0, b) %s k = Transpose<perm=[0,1,3,2]>(k2)
+  [scores] s0 = MatMul(q, k) s1 = Mul(s0, root) s = Softmax<axis=-1>(s1) [mix] o0 = MatMul(s, v)
+  o1 = Transpose<perm=[0,2,1,3]>(o0) o2 = Reshape(o1, flat) [out] y = MatMul(o2, wo) }"""
+CUT = {
+    "Split": """q0, k0, v0 = Split<axis=2>(p, parts) q1 = Reshape(q0, heads) q = Transpose<perm=[0,2,1,3]>(q1)
+      k1 = Reshape(k0, heads) k2 = Transpose<perm=[0,2,1,3]>(k1)
+      v1 = Reshape(v0, heads) v = Transpose<perm=[0,2,1,3]>(v1)""",
+    "Gather": """h = Reshape(p, five) t = Transpose<perm=[2,0,3,1,4]>(h)
+      q = Gather<axis=0>(t, first) k2 = Gather<axis=0>(t, second) v = Gather<axis=0>(t, third)""",
+}
+FUSED_WEIGHTS: Weights = {"w": (64, 192), "b": (192,), "wo": (64, 64)}
+
+
+@pytest.mark.parametrize("cut", CUT)
+def test_queries_keys_and_values_in_one_product(tmp_path: Path, cut: str) -> None:
+    built = assert_promises_kept(parse(FUSED % CUT[cut], FUSED_WEIGHTS), tmp_path)
+    assert built.audit.int8 == 2
+
+
+@pytest.mark.parametrize("cut", CUT)
+def test_with_a_scale_for_each_channel_they_are_float(tmp_path: Path, cut: str) -> None:
+    """Why they get one scale. When this fails with a newer compiler, that is no longer needed."""
+    model = parse(FUSED % CUT[cut], FUSED_WEIGHTS)
+    quantized, _ = quantize(model, measured(model), target="tensorrt-rtx", weight_granularity="channel")
+    precision = {layer.name: layer.precision for layer in build(quantized, tmp_path).audit.linear}
+    assert (precision["qkv"], precision["out"]) == ("fp16", "int8")
 
 
 def test_dynamic_batch(residual_model: Callable, tmp_path: Path) -> None:
