@@ -49,7 +49,7 @@ def is_cut_for_attention(node: gs.Node) -> bool:
     while waiting:
         tensor, cut = waiting.pop()
         for reader in tensor.outputs:
-            if cut and reader.op == "MatMul" and not any(isinstance(t, gs.Constant) for t in reader.inputs):
+            if cut and reader.op in ("MatMul", "Einsum") and not any(isinstance(t, gs.Constant) for t in reader.inputs):
                 return True
             passes = reader.op in (*MOVING_OPS, *_CODED) and reader.inputs[0] is tensor
             constant = reader.op in _SCALED and any(isinstance(t, gs.Constant) for t in reader.inputs)

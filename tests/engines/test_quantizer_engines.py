@@ -258,15 +258,16 @@ def assert_promises_kept(model: onnx.ModelProto, folder: Path) -> BuildReport:
 FUSED = """(float[1,16,64] x) => (float[1,16,64] y) <int64[3] parts = {64, 64, 64}, int64[4] heads = {0, 0, 4, 16},
   int64[5] five = {0, 0, 3, 4, 16}, int64[3] flat = {0, 0, 64}, int64 first = {0}, int64 second = {1},
   int64 third = {2}, float root = {0.25}> {
-  [qkv] p0 = MatMul(x, w) p = Add(p0, b) %s k = Transpose<perm=[0,1,3,2]>(k2)
-  [scores] s0 = MatMul(q, k) s1 = Mul(s0, root) s = Softmax<axis=-1>(s1) [mix] o0 = MatMul(s, v)
+  [qkv] p0 = MatMul(x, w) p = Add(p0, b) %s s1 = Mul(s0, root) s = Softmax<axis=-1>(s1) [mix] o0 = MatMul(s, v)
   o1 = Transpose<perm=[0,2,1,3]>(o0) o2 = Reshape(o1, flat) [out] y = MatMul(o2, wo) }"""
 CUT = {
     "Split": """q0, k0, v0 = Split<axis=2>(p, parts) q1 = Reshape(q0, heads) q = Transpose<perm=[0,2,1,3]>(q1)
       k1 = Reshape(k0, heads) k2 = Transpose<perm=[0,2,1,3]>(k1)
-      v1 = Reshape(v0, heads) v = Transpose<perm=[0,2,1,3]>(v1)""",
+      v1 = Reshape(v0, heads) v = Transpose<perm=[0,2,1,3]>(v1)
+      k = Transpose<perm=[0,1,3,2]>(k2) [scores] s0 = MatMul(q, k)""",
     "Gather": """h = Reshape(p, five) t = Transpose<perm=[2,0,3,1,4]>(h)
-      q = Gather<axis=0>(t, first) k2 = Gather<axis=0>(t, second) v = Gather<axis=0>(t, third)""",
+      q = Gather<axis=0>(t, first) k2 = Gather<axis=0>(t, second) v = Gather<axis=0>(t, third)
+      [scores] s0 = Einsum<equation="nhqd,nhkd->nhqk">(q, k2)""",
 }
 FUSED_WEIGHTS: Weights = {"w": (64, 192), "b": (192,), "wo": (64, 64)}
 

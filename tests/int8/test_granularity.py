@@ -16,6 +16,7 @@ SCORES = "s = Softmax(c) y = MatMul(s, v) "
 ATTENTION = {
     "Split": "[fc] g = MatMul(x, w) a, v = Split<axis=2>(g, two) k = Transpose<perm=[0,2,1]>(v) "
     "c = MatMul(a, k) " + SCORES,
+    "Einsum": '[fc] g = MatMul(x, w) a, v = Split<axis=2>(g, two) c = Einsum<equation="nqd,nkd->nqk">(a, v) ' + SCORES,
     "Gemm": "r = Flatten<axis=2>(x) [fc] g = Gemm<transB=1>(r, w) a, v = Split<axis=1>(g, two) "
     "k = Transpose<perm=[1,0]>(v) c = MatMul(a, k) " + SCORES,
     "a factor and a bias in between": "[fc] p = MatMul(x, w) g = Add(p, b) a, v = Split<axis=2>(g, two) "
