@@ -17,6 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from relu_deploy.int8.half_scales import agree, carried, holds
+from relu_deploy.int8.placement import MOVING_OPS, RECURRENT_OPS
 from relu_deploy.report import PassReport, Skip
 
 HALF, FLOAT = np.dtype(np.float16), np.dtype(np.float32)
@@ -56,13 +57,14 @@ def halve(graph: gs.Graph, bounds: Mapping[str, tuple[float, float]]) -> PassRep
     """
     limits = _Limits(graph, bounds)
     kept = _captured(graph)
+    before = _before_recurrence(graph)
     changed, skipped = [], []
     half: set[int] = set()
     for node in graph.nodes:
         if not _computes(node):
             continue
         if node.op not in ("QuantizeLinear", "DequantizeLinear"):
-            reason = _why_float(node, limits, kept)
+            reason = before.get(id(node)) or _why_float(node, limits, kept)
             if reason:
                 skipped.append(Skip(node.name, reason))
                 continue
@@ -200,6 +202,23 @@ def _captured(graph: gs.Graph) -> set[int]:
         for tensor in inside.inputs
     }
     return {id(tensors[name]) for name in inner if name in tensors}
+
+
+def _before_recurrence(graph: gs.Graph) -> dict[int, str]:
+    """What makes and what moves the inputs of a recurrent layer, which is float32, and that as a reason.
+
+    TensorRT-RTX 1.7 cannot build one whose input is cast from float16, directly or before it is moved
+    (tests/engines/test_quantizer_engines.py asks it). It can where something is computed in between.
+    """
+    found: dict[int, str] = {}
+    for layer in graph.nodes:
+        waiting = list(layer.inputs) if layer.op in RECURRENT_OPS else []
+        while waiting:
+            for maker in waiting.pop().inputs:
+                if id(maker) not in found and maker.op not in ("QuantizeLinear", "DequantizeLinear"):
+                    found[id(maker)] = f"{layer.op} {layer.name}, which is computed in float32, reads what it makes"
+                    waiting += maker.inputs[:1] if maker.op in MOVING_OPS else []
+    return found
 
 
 def _choose_dequantizers(graph: gs.Graph, half: set[int], kept: set[int]) -> None:

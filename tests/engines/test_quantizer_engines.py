@@ -287,6 +287,28 @@ def test_with_a_scale_for_each_channel_they_are_float(tmp_path: Path, cut: str) 
     assert (precision["qkv"], precision["out"]) == ("fp16", "int8")
 
 
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("activation", ["Relu", "Identity"])
+def test_a_recurrent_layer_behind_and_before_int8(
+    tmp_path: Path, op: str, gates: int, direction: str, activation: str
+) -> None:
+    """Its input, batch first, is what a float16 network would cast to float32 for it."""
+    both = 2 if direction == "bidirectional" else 1
+    text = f"""(float[1,9,32] x) => (float[1,9,16] y) <int64[3] flat = {{0, 0, -1}}> {{
+      [in] e = MatMul(x, w1) r = {activation}(e) t = Transpose<perm=[1,0,2]>(r)
+      [rnn] l = {op}<hidden_size=16, direction="{direction}">(t, w, u) s = Transpose<perm=[2,0,1,3]>(l)
+      f = Reshape(s, flat) [out] y = MatMul(f, w2) }}"""
+    weights: Weights = {
+        "w1": (32, 32), "w": (both, 16 * gates, 32), "u": (both, 16 * gates, 16), "w2": (16 * both, 16),
+    }  # fmt: skip
+    model = parse(text, weights)
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx")
+    assert [layer.name for layer in report.layers if layer.int8] == ["in", "out"]
+    precision = {layer.name: layer.precision for layer in build(quantized, tmp_path).audit.linear}
+    assert (precision["in"], precision["out"]) == ("int8", "int8")
+
+
 def test_dynamic_batch(residual_model: Callable, tmp_path: Path) -> None:
     shapes = {"x": ShapeRange((1, 3, 16, 16), (4, 3, 16, 16), (8, 3, 16, 16))}
     built = check(residual_model(batch="N"), tmp_path, shapes=shapes)

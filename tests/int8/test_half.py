@@ -205,6 +205,19 @@ def test_one_product_that_has_to_be_float32_takes_those_of_its_operand_along():
     assert operand_types(after, "one") == operand_types(after, "two") == [TensorProto.FLOAT] * 2
 
 
+def test_what_a_recurrent_layer_reads_is_not_cast_from_float16():
+    """TensorRT-RTX cannot build that, whether it is moved in between or not."""
+    text = """(float[2,9,8] x) => (float[9,1,2,4] y) {
+      [a] a = Relu(x) [b] b = Neg(a) [move] t = Transpose<perm=[1,0,2]>(b)
+      [again] u = Identity(t) [rnn] y = LSTM<hidden_size=4>(u, w, r) }"""
+    model = parse(text, w=np.ones((1, 16, 8)) * 0.1, r=np.ones((1, 16, 4)) * 0.1)
+    after, kept = halved(model, dict.fromkeys("xabtu", (-4.0, 4.0)) | {"y": (-1.0, 1.0)})
+    assert set(kept) == {"b", "move", "again", "rnn"}
+    assert kept["move"] == kept["b"] == "LSTM rnn, which is computed in float32, reads what it makes"
+    found = types(after)
+    assert (found["a"], found["b"]) == (TensorProto.FLOAT16, TensorProto.FLOAT)
+
+
 def test_an_output_that_is_also_read_inside():
     text = "(float[2,8] x) => (float[2,8] y, float[2,8] z) { [a] y = Relu(x) [b] z = Neg(y) }"
     after, kept = halved(parse(text), {"x": (-1.0, 1.0), "y": (0.0, 1.0), "z": (-1.0, 0.0)})
