@@ -9,6 +9,7 @@ that it was not chosen on.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.heads import heads
 from relu_deploy.int8.rounded import bias_name, nearest, rounded_model, weight_name
 from relu_deploy.int8.rounding import Choice, Rows, best_choice, choose_codes, errors_of
+from relu_deploy.int8.settle import offset_error
 from relu_deploy.int8.store import Stored, layer_operands, weight_axis
 from relu_deploy.int8.walk import Walk
 from relu_deploy.int8.windows import Windows, as_matrix, from_matrix, windows_of
@@ -169,11 +171,15 @@ class _Pass:
         scale = np.broadcast_to(plain.scales.astype(np.float64).reshape(-1), (weight[..., 0].size,))
         scale = scale.reshape(weight.shape[:2])
         width = weight.shape[0] * weight.shape[2]
+        centre = self.draft.centres.get(node.name)
+        # A settled bias makes up for what was taken off the input: errors are those on the input as it was.
+        moved = _by_column(centre, windows)
 
         def rows(walk: Walk, name: str, samples: Sequence[int]) -> npt.NDArray[np.float32]:
             values = walk.fetch(name)
             most = -(-min(_ROWS, max(_NUMBERS // width, 1)) // len(samples))
-            return np.concatenate([windows.rows(values[at], most, number) for at in samples], axis=1)
+            read = np.concatenate([windows.rows(values[at], most, number) for at in samples], axis=1)
+            return (read + moved).astype(np.float32)
 
         data, read = node.inputs[0].name, self.reads[node.name]
         learned, judged = (rows(self.exact, data, samples) for samples in (self.learned, self.judged))
@@ -191,7 +197,7 @@ class _Pass:
                 Rows(learned, rows(way.walk, read, self.learned)) if way.shifting else Rows(learned, learned),
                 Rows(judged, rows(way.walk, read, self.judged)), self._room(node) if way.shifting else 0.0,
             )  # fmt: skip
-            _keep(way, node, best)
+            _keep(way, node, best, centre)
             rounded, shifted = int((best.codes != codes).any(axis=2).sum()), int((best.offset != 0).sum())
             after = sqnr_db(power, float(best.error.sum()))
             way.layers.append(Corrected(node.name, before, after, rounded, shifted))
@@ -220,16 +226,26 @@ class _Pass:
         }
 
 
-def _keep(way: _Way, node: gs.Node, best: Choice) -> None:
+def _keep(way: _Way, node: gs.Node, best: Choice, centre: npt.NDArray[np.float64] | None) -> None:
     """Put what was chosen into the network on its way, for the layers behind."""
     plain = way.stored[node.name]
     stored = dataclasses.replace(plain, codes=from_matrix(node, best.codes, plain.codes).astype(np.int8))
     if plain.bias is not None:
-        bias = (plain.bias + best.offset.reshape(-1)).astype(plain.bias.dtype)
+        bias = plain.bias + best.offset.reshape(-1)
+        if centre is not None:  # it was settled for the codes as they were
+            bias = bias + offset_error(node, stored.weight, centre) - offset_error(node, plain.weight, centre)
+        bias = bias.astype(plain.bias.dtype)
         stored = dataclasses.replace(stored, bias=bias)
         way.walk.replace(bias_name(node.name), bias)
     way.walk.replace(weight_name(node.name), stored.weight)
     way.stored[node.name] = stored
+
+
+def _by_column(centre: npt.NDArray[np.float64] | None, windows: Windows) -> npt.NDArray[np.float64]:
+    """What was taken off each column of a layer's rows, ``(groups, 1, K)``; 0 where nothing was."""
+    if centre is None:
+        return np.zeros((1, 1, 1))
+    return centre.reshape(windows.groups, 1, -1).repeat(math.prod(windows.kernel), axis=2)
 
 
 def _with_bias(node: gs.Node, stored: Stored) -> Stored:

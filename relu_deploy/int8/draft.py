@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
 
 from relu_deploy.int8.formats import NumberFormat
+from relu_deploy.int8.fuse_noise import Array
 from relu_deploy.int8.place import Placement
 
 
@@ -21,6 +23,7 @@ class Draft:
         placement: Where INT8 goes.
         bounds: Range of each tensor.
         number: The target's format.
+        centres: Layer -> by how much the channels of what it reads were moved, see :mod:`relu_deploy.int8.settle`.
     """
 
     graph: gs.Graph
@@ -28,3 +31,4 @@ class Draft:
     placement: Placement
     bounds: dict[str, tuple[float, float]]
     number: NumberFormat
+    centres: Mapping[str, Array] = dataclasses.field(default_factory=dict)

@@ -14,7 +14,8 @@ import onnx_graphsurgeon as gs
 from relu_deploy import graph as files
 from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.formats import QParams
-from relu_deploy.int8.store import Stored, store
+from relu_deploy.int8.settle import settled
+from relu_deploy.int8.store import Stored, bias_place, store
 from relu_deploy.int8.write import activation_grids
 from relu_deploy.passes.edit import set_input
 
@@ -43,8 +44,8 @@ def rounded_model(draft: Draft, source: gs.Graph, weights: Mapping[str, Stored])
         node = nodes[name]
         dtype = node.inputs[1].values.dtype
         set_input(node, 1, gs.Constant(weight_name(name), stored.weight.astype(dtype)))
-        if stored.bias is not None:
-            set_input(node, 2, gs.Constant(bias_name(name), np.ascontiguousarray(stored.bias.astype(dtype))))
+        if stored.bias is not None and (place := bias_place(node, draft.number)) is not None:
+            set_input(*place, gs.Constant(bias_name(name), np.ascontiguousarray(stored.bias.astype(dtype))))
             node.attrs.pop("beta", None)
         node.attrs.pop("alpha", None)
     graph.toposort()
@@ -70,7 +71,8 @@ def nearest(draft: Draft) -> dict[str, Stored]:
     found = {}
     for name in sorted(draft.placement.chosen):
         grid = grids.get(nodes[name].inputs[0].name)
-        found[name] = store(nodes[name], draft.number, 1.0 if grid is None else grid.scale)
+        stored = store(nodes[name], draft.number, 1.0 if grid is None else grid.scale)
+        found[name] = settled(nodes[name], stored, draft.centres.get(name))
     return found
 
 

@@ -207,7 +207,7 @@ def quantize(
     sites = take_back(graph, sites, placement)
     decided = None
     if evidence is not None and not sites:
-        draft = Draft(graph, lifted, placement, bounds, number)
+        draft = Draft(graph, lifted, placement, bounds, number, centres)
         decided = _decide(draft, lambda damaged: placed({**left, **damaged}), evidence)
         placement = decided.placement
     stored = settle(graph, placement, centres, {} if decided is None else decided.weights, number)

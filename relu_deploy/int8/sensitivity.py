@@ -30,6 +30,7 @@ from relu_deploy.int8.formats import quantize_symmetric, weight_scales
 from relu_deploy.int8.granularity import shares_scale
 from relu_deploy.int8.heads import heads
 from relu_deploy.int8.rounded import round_tensor
+from relu_deploy.int8.settle import steady
 from relu_deploy.int8.store import layer_operands, weight_axis
 from relu_deploy.int8.write import activation_grids
 
@@ -213,14 +214,15 @@ class _Switched:
         for name in sorted(draft.placement.chosen & nodes.keys()):
             node = nodes[name]
             weight, bias = layer_operands(node)
-            node.attrs.pop("alpha", None)
-            node.attrs.pop("beta", None)
             axis = None if shares_scale(node, draft.number) else weight_axis(node)
             scales = weight_scales(weight, axis, draft.number.weight_max)
             steps = scales.reshape([-1 if at == axis else 1 for at in range(weight.ndim)] if scales.ndim else ())
             values = quantize_symmetric(weight, scales, axis, draft.number.weight_max) * steps
             chosen = gs.Variable(f"{name}/weight/switched", dtype=weight.dtype, shape=weight.shape)
             exact = gs.Constant(f"{name}/weight/exact", np.ascontiguousarray(weight))
+            values = steady(node, values, draft.centres.get(name))
+            node.attrs.pop("alpha", None)
+            node.attrs.pop("beta", None)
             stored = gs.Constant(f"{name}/weight/rounded", values.astype(weight.dtype))
             node.inputs[1] = chosen
             if bias is not None:

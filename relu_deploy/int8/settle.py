@@ -17,41 +17,46 @@ from relu_deploy.int8.formats import NumberFormat
 from relu_deploy.int8.fuse_noise import Array
 from relu_deploy.int8.placement import Placement
 from relu_deploy.int8.store import Stored, layer_operands, store
-from relu_deploy.passes.edit import Names, pinned_names, set_input
-from relu_deploy.passes.linear import Layer, bias_behind, read_layer, response
+from relu_deploy.passes.linear import Layer, response
 
 
 def settle(
     graph: gs.Graph, placement: Placement, centres: Mapping[str, Array], chosen: Mapping[str, Stored],
     number: NumberFormat,
 ) -> dict[str, Stored]:  # fmt: skip
-    """What is to be stored of layers with centred inputs; a bias that is an Add behind is changed in place.
+    """What is to be stored of the layers with centred inputs, and of those for which it was chosen on data.
 
     Args:
-        graph: Right before its weights become codes.
+        graph: Right before its weights become codes; a product of matrices becomes a Gemm where it needs a bias.
         placement: Which layers become INT8.
         centres: Layer -> ``c``, ``(C,)``.
-        chosen: Layer -> what was chosen on data: its bias, where it has one of its own, was chosen as well.
+        chosen: Layer -> what was chosen on data, biases settled.
         number: The target's format.
-
-    Returns:
-        ``chosen``, and the layers that were changed.
     """
-    names, pinned, settled = Names(graph), pinned_names(graph), dict(chosen)
+    found = dict(chosen)
     for node in graph.nodes:
-        if node.name not in centres or node.name not in placement.chosen:
-            continue
-        layer = read_layer(node, bias_behind(node, pinned))
-        stored = chosen.get(node.name) or store(node, number, 1.0)
-        off = offset_error(node, stored.weight, centres[node.name])
-        if layer.bias_add is not None:
-            _add_behind(layer, layer.bias_add, off, names)
-        elif stored.bias is None and off.any():  # the offset added nothing to the output, until the weights were codes
-            node.op = "Gemm" if node.op == "MatMul" else node.op
-            settled[node.name] = dataclasses.replace(stored, bias=off.astype(layer.weight.dtype))
-        elif stored.bias is not None and node.name not in chosen:
-            settled[node.name] = dataclasses.replace(stored, bias=(stored.bias + off).astype(stored.bias.dtype))
-    return settled
+        if node.name in centres and node.name in placement.chosen and node.name not in chosen:
+            stored = store(node, number, 1.0)
+            found[node.name] = settled(node, stored, centres[node.name])
+            if stored.bias is None and node.op == "MatMul" and found[node.name].bias is not None:
+                node.op = "Gemm"  # even_inputs centres no other product without a bias than one of matrices
+    return found
+
+
+def settled(node: gs.Node, stored: Stored, centre: Array | None) -> Stored:
+    """A layer with its bias made for its codes; the same where what it reads is not centred.
+
+    Args:
+        node: Float, its bias made for its float weights.
+        stored: The bias as well, and codes.
+        centre: ``c``, ``(C,)``.
+    """
+    if centre is None:
+        return stored
+    off = offset_error(node, stored.weight, centre)
+    if stored.bias is None:  # what the offset adds to the output was 0, until the weights were codes
+        return dataclasses.replace(stored, bias=off.astype(node.inputs[1].values.dtype)) if off.any() else stored
+    return dataclasses.replace(stored, bias=(stored.bias + off).astype(stored.bias.dtype))
 
 
 def offset_error(node: gs.Node, weight: np.ndarray, centre: Array) -> Array:
@@ -60,9 +65,26 @@ def offset_error(node: gs.Node, weight: np.ndarray, centre: Array) -> Array:
     return response(Layer(node, None, weight.astype(np.float64) - exact, np.zeros(0)), centre)
 
 
-def _add_behind(layer: Layer, add: gs.Node, off: Array, names: Names) -> None:
-    """Change the constant of the Add behind a product."""
-    at = next(i for i, tensor in enumerate(add.inputs) if tensor is not layer.node.outputs[0])
-    old = add.inputs[at]
-    values = (old.values.astype(np.float64) + off).astype(old.values.dtype)
-    set_input(add, at, names.constant(f"{old.name}/settled", values))
+def steady(node: gs.Node, weight: np.ndarray, centre: Array | None) -> np.ndarray:
+    """Rounded weights moved as little as they can be so that the bias for the float weights fits them.
+
+    What is learned of a network with these weights holds for codes with a settled bias.
+
+    Args:
+        node: Float.
+        weight: ``Q``, that alpha is in.
+        centre: ``c``, ``(C,)``; None: what the layer reads is not centred.
+    """
+    if centre is None or not centre.any():
+        return weight
+    off = offset_error(node, weight, centre)
+    if node.op in ("Gemm", "MatMul"):
+        across = node.op == "Gemm" and bool(node.attrs.get("transB", 0))
+        moved = np.outer(off, centre) if across else np.outer(centre, off)
+        return np.asarray(weight - moved / (centre @ centre), dtype=weight.dtype)
+    groups = int(node.attrs.get("group", 1))
+    each = centre.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)  # (O, inputs of its group)
+    power = (each**2).sum(axis=1) * np.prod(weight.shape[2:])
+    share = np.divide(off, power, out=np.zeros_like(off), where=power > 0)
+    moved = (share[:, None] * each).reshape(*each.shape, *(1,) * (weight.ndim - 2))
+    return np.asarray(weight - moved, dtype=weight.dtype)

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from relu_deploy.int8.formats import NumberFormat, half_scales, quantize_symmetric, weight_scales, widen_for_bias
 from relu_deploy.int8.granularity import shares_scale
+from relu_deploy.passes.linear import bias_behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Stored:
         codes: int8, the shape of the weights.
         scales: Weight units a step, float32, ``(C,)`` or ``()``.
         axis: Of the scales in the weights; None for one scale.
-        bias: ``(C,)`` float, or None where the layer has none of its own.
+        bias: ``(C,)`` float, or None where the layer has none.
     """
 
     codes: npt.NDArray[np.int8]
@@ -51,6 +52,8 @@ def store(node: gs.Node, number: NumberFormat, input_scale: float) -> Stored:
         input_scale: Of what it reads, which an int32 bias is stored with.
     """
     weight, bias = layer_operands(node)
+    if node.op == "MatMul" and (place := bias_place(node, number)) is not None:
+        bias = place[0].inputs[place[1]].values.reshape(-1)
     axis = None if shares_scale(node, number) else weight_axis(node)
     scales, dtype = weight_scales(weight, axis, number.weight_max), node.inputs[1].values.dtype
     scales = half_scales(scales) if number.half and dtype == np.float32 else scales
@@ -58,6 +61,19 @@ def store(node: gs.Node, number: NumberFormat, input_scale: float) -> Stored:
         scales = widen_for_bias(scales, input_scale, bias, alive(weight, axis))
     codes = quantize_symmetric(weight, scales, axis, number.weight_max).astype(np.int8)
     return Stored(codes, scales, axis, bias)
+
+
+def bias_place(node: gs.Node, number: NumberFormat) -> tuple[gs.Node, int] | None:
+    """Where the bias of a layer is, or would be: a node and the position of its operand; None where there is no place.
+
+    That of a product of matrices is the constant vector that an Add behind it adds, where the target has float biases.
+    """
+    if node.op != "MatMul":
+        return node, 2
+    add = None if number.integer_bias else bias_behind(node, set())
+    if add is None:
+        return None
+    return add, next(at for at, tensor in enumerate(add.inputs) if tensor is not node.outputs[0])
 
 
 def weight_axis(node: gs.Node) -> int | None:
