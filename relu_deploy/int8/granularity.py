@@ -20,8 +20,8 @@ from relu_deploy.int8.placement import MOVING_OPS
 # their root mean square.
 MOST_NOISE = 1e-3
 # What takes parts of a tensor, and what may stand between a product and attention besides operators that move values.
-_CUTTING = ("Split", "Slice", "Gather")
-_SCALED = ("Add", "Mul", "Div")
+CUTTING = ("Split", "Slice", "Gather")
+SCALED = ("Add", "Mul", "Div")
 _CODED = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -52,10 +52,10 @@ def is_cut_for_attention(node: gs.Node) -> bool:
             if cut and reader.op in ("MatMul", "Einsum") and not any(isinstance(t, gs.Constant) for t in reader.inputs):
                 return True
             passes = reader.op in (*MOVING_OPS, *_CODED) and reader.inputs[0] is tensor
-            constant = reader.op in _SCALED and any(isinstance(t, gs.Constant) for t in reader.inputs)
+            constant = reader.op in SCALED and any(isinstance(t, gs.Constant) for t in reader.inputs)
             if (passes or constant) and (id(reader), cut) not in seen:
                 seen.add((id(reader), cut))
-                waiting += [(output, cut or reader.op in _CUTTING) for output in reader.outputs]
+                waiting += [(output, cut or reader.op in CUTTING) for output in reader.outputs]
     return False
 
 

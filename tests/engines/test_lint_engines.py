@@ -97,6 +97,12 @@ HALF_MATMUL = (
     "[down] a = Cast<to=10>(a0) [WD] wd = DequantizeLinear<axis=1>(w, wsh, wz) [mm] m = MatMul(a, wd) "
     "[up] y = Cast<to=1>(m)"
 )
+FUSED = (
+    "[WD] wd = DequantizeLinear<axis=1>(w, ws, wz) [mm] m = MatMul(a, wd) q0, k0, v0 = Split<axis=2>(m, parts) "
+    "q1 = Reshape(q0, heads) q = Transpose<perm=[0,2,1,3]>(q1) k1 = Reshape(k0, heads) "
+    "kt = Transpose<perm=[0,2,3,1]>(k1) v1 = Reshape(v0, heads) v = Transpose<perm=[0,2,1,3]>(v1) "
+    "[scores] t = MatMul(q, kt) r = Softmax<axis=-1>(t) [mix] y = MatMul(r, v)"
+)
 GEMM = "[WD] wd = DequantizeLinear<axis=%d>(w, ws, wz) [fc] y = Gemm<transB=%d>(a, wd)"
 SHORT = qdq("x", "a") + WD + CONV + "[sum] t = Add(c, %s) [relu] r = Relu(t) " + qdq("r", "a2")
 SHORT += "[WD2] wd2 = DequantizeLinear<axis=0>(w, ws, wz) [conv2] y = Conv<pads=[1,1,1,1]>(a2, wd2)"
@@ -154,6 +160,17 @@ CASES = {
                               match="Axis must be in the range"),
     "too few scales": Case("scale-length", "rejected", qdq("x", "a") + TAIL, {"ws": MANY[:8], "wz": ZS[:8]},
                            match="number of scales is not equal", mended=False),
+    "scales in two axes": Case("scale-length", "rejected", qdq("x", "a") + TAIL, {"ws": MANY[:, None]},
+                               match="Invalid rank", mended=False),
+    "no scale at all": Case("scale-length", "rejected", qdq("x", "a") + TAIL,
+                            {"s": np.zeros(0, np.float32), "z": np.zeros(0, np.int8)}, match="no coefficients",
+                            mended=False),
+    "a zero point where codes are read": Case(
+        "zero-point", "rejected", qdq("x", "a").replace("(a_q, s, z)", "(a_q, s, z3)") + TAIL, {"z3": np.int8(3)},
+        match="Non-zero zero point", mended=False),
+    "a zero point that is an input": Case(
+        "computed-scale", "rejected", qdq("x", "a").replace(", z)", ", zi)") + TAIL, match="IQuantizeLayer",
+        io="(float[1,16,16,16] x, int8 zi) => (float[1,16,16,16] y)", mended=False),
     "one zero point for many scales": Case("scale-length", "rejected", qdq("x", "a") + TAIL, {"wz": Z},
                                            match="same volume"),
     "blocks in a convolution": Case(
@@ -214,6 +231,10 @@ CASES = {
         "softmax", "less accurate", qdq("x", "a") + "[WD] wd = DequantizeLinear<axis=1>(w, ws, wz) "
         "[mm] m = MatMul(a, wd) " + qdq("m", "m2") + "[soft] y = Softmax(m2)", {}, "int8", io=ROWS, base=FC,
         layers=("mm",)),
+    "queries, keys and values in one": Case("cut-for-attention", "float", qdq("x", "a") + FUSED, {
+        "w": RANDOM.integers(-127, 128, (64, 192)).astype(np.int8), "ws": np.full(192, 0.003, np.float32),
+        "wz": np.zeros(192, np.int8), "parts": np.array([64, 64, 64]), "heads": np.array([0, 0, 4, 16]),
+        }, "float", io="(float[1,16,64] x) => (float[1,4,16,16] y)", layers=("mm", "scores", "mix"), mended=False),
     "two errors for one": Case("twice", "less accurate", qdq("x", "a0") + qdq("a0", "a", "s2") + TAIL, {}, "int8"),
     "weights quantised in the graph": Case(
         "stored-float", "note", "[WQ] wq = QuantizeLinear<axis=0>(wf, ws, wz) " + qdq("x", "a") +
@@ -287,6 +308,9 @@ SOUND = {
     .replace("= Q", "= com.microsoft.Q")
     .replace("= D", "= com.microsoft.D")
     + TAIL,
+    "a scale behind an Identity": "[I] sc = Identity(s) " + qdq("x", "a", "sc") + TAIL,
+    "weights that are moved": qdq("x", "a") + "[WD] w0 = DequantizeLinear<axis=1>(w, ws, wz) "
+    "[move] wd = Transpose<perm=[1,0,2,3]>(w0) " + CONV + RELU,
     "a scale that a Constant holds": "[S] sc = Constant<value_float=0.05>() " + qdq("x", "a", "sc") + TAIL,
 }
 
@@ -300,6 +324,13 @@ def test_what_the_compiler_takes_is_no_fault(name: str, tmp_path: Path) -> None:
     mended, done = fix(model, "tensorrt-rtx")
     assert [report.name for report in done.passes if report.changed] == []
     assert len(mended.graph.node) == len(model.graph.node)
+
+
+def test_queries_keys_and_values_with_one_scale_are_int8(tmp_path: Path) -> None:
+    case = CASES["queries, keys and values in one"]
+    model = dataclasses.replace(case, stored={**case.stored, "ws": np.float32(0.003), "wz": np.int8(0)}).model()
+    assert "cut-for-attention" not in lint(model, "tensorrt-rtx").counts()
+    assert {layer.name: layer.precision for layer in build(model, tmp_path).linear}["mm"] == "int8"
 
 
 def test_with_two_axes_scales_of_two_types_are_taken(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import onnx
 
 from relu_deploy.graph import name_nodes
-from relu_deploy.int8.lint import codes, operators, pairs, places, shapes
+from relu_deploy.int8.lint import attention, codes, operators, pairs, places, shapes
 from relu_deploy.int8.lint.finding import FAULTS, SEVERITIES, Finding, LintReport, Severity
-from relu_deploy.int8.lint.network import INTEGER_LAYERS, Network, carried
+from relu_deploy.int8.lint.network import INTEGER_LAYERS, LinearLayer, Network, carried
 from relu_deploy.targets import Target
 
 __all__ = ["FAULTS", "RULES", "SEVERITIES", "Finding", "LintReport", "Severity", "lint"]
@@ -42,6 +42,7 @@ RULES = (
     pairs.small_bias,
     pairs.stored_float,
     places.half_quantized,
+    attention.cut_for_attention,
     places.transposed,
     places.unfused,
     places.float_bias,
@@ -68,10 +69,7 @@ def lint(model: onnx.ModelProto, target: Target) -> LintReport:
     net = Network(named)
     found = [finding for rule in RULES for finding in rule(net, target)]
     integers = sum(node.op_type in INTEGER_LAYERS for node in net.nodes)
-    quantized = sum(
-        layer.weight is not None and net.codes_reach(layer.node.input[0], carried(target), rtx=target != "ort")
-        for layer in net.layers
-    )
+    quantized = sum(_in_codes(net, layer, target) for layer in net.layers)
     return LintReport(
         target=target,
         quantizers=len(net.quantizers) + len(net.dequantizers),
@@ -81,3 +79,10 @@ def lint(model: onnx.ModelProto, target: Target) -> LintReport:
         ir_version=named.ir_version,
         findings=tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))),
     )
+
+
+def _in_codes(net: Network, layer: LinearLayer, target: Target) -> bool:
+    """Whether both operands of a layer are dequantised; for TensorRT the weights may have been moved since."""
+    data, weight = layer.node.input[:2]
+    moved = target != "ort" and net.codes_reach(weight, carried(target), rtx=True)
+    return (layer.weight is not None or moved) and net.codes_reach(data, carried(target), rtx=target != "ort")

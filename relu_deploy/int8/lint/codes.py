@@ -45,11 +45,13 @@ def zero_point(net: Network, target: Target) -> Iterator[Finding]:
     """``zero-point``: asymmetric codes."""
     if target == "ort":
         return
-    for q in _first_of_pairs(net):
+    made = {q.output: q for q in net.quantizers if q.shifted}
+    read_only = [dq for dq in net.dequantizers if net.quantizer(dq.source) is not None and dq.source not in made]
+    for q in (*_first_of_pairs(net), *read_only):
         if q.shifted and q.codes in BYTES:
             yield Finding(
                 "zero-point", q.node.name, "rejected", like_rtx(target, "the parser takes zero points of 0 only"),
-                "int8 with zero point 0 and a scale that covers the same range", automatic=True,
+                "int8 with zero point 0 and a scale that covers the same range", automatic=q not in read_only,
             )  # fmt: skip
 
 

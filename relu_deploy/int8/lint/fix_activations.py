@@ -103,6 +103,8 @@ def _why_not(net: Network, grid: list[Quantizer]) -> str:
         codes = q.output if q.node.op_type == "QuantizeLinear" else q.source
         if q.scale is None or q.codes not in WHOLE or q.codes != first.codes:
             return "its quantisers have computed scales, or codes of several types"
+        if not q.scale.size:
+            return "it has no scale"
         if not np.isfinite(q.scale).all():
             return "its scale is not finite, so its range is not known: calibrate again"
         if first.scale is None or not np.array_equal(q.scale, first.scale) or _zero(q) != _zero(first):

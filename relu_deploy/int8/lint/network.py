@@ -269,6 +269,8 @@ class Network:
         if tensor in self._stored:
             return numpy_helper.to_array(self._stored[tensor])
         maker = self.maker(tensor)
+        if maker is not None and maker.op_type == "Identity":  # exporters share equal constants so
+            return self.constant(maker.input[0])
         if maker is None or maker.op_type != "Constant":
             return None
         for entry in maker.attribute:

@@ -15,14 +15,18 @@ _FLOAT_BIAS = "leave the bias in float, or in int32 with scale s_x s_w"
 
 
 def computed_scale(net: Network, target: Target) -> Iterator[Finding]:
-    """``computed-scale``: a scale that is computed at run time (dynamic quantisation)."""
+    """``computed-scale``: a scale or zero point that is computed at run time (dynamic quantisation), or an input."""
     if target == "ort":
         return
     for q in (*net.quantizers, *net.dequantizers):
-        if q.scale is None:
+        zero = q.node.input[2] if len(q.node.input) > 2 else ""
+        done = (
+            "the compiler ends by a segmentation fault" if q.scale is None else
+            "the builder wants a stored zero point" if zero and q.zero_point is None else ""
+        )  # fmt: skip
+        if done:
             yield Finding(
-                "computed-scale", q.node.name, "rejected",
-                like_rtx(target, "the compiler ends by a segmentation fault"),
+                "computed-scale", q.node.name, "rejected", like_rtx(target, done),
                 "quantise statically: calibrate, and store the scales",
             )  # fmt: skip
 

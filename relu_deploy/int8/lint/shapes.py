@@ -71,6 +71,11 @@ def scale_length(net: Network, target: Target) -> Iterator[Finding]:
     """``scale-length``: as many scales as there are channels, and as many zero points as scales."""
     for q in (*net.quantizers, *net.dequantizers):
         dims = net.dims(q.source)
+        if q.scale is not None and not q.block and (q.scale.ndim > 1 or not q.scale.size):
+            yield Finding(
+                "scale-length", q.node.name, "rejected", f"scales of shape {list(q.scale.shape)}: " + _refused(target),
+                "one scale for each channel, in a list",
+            )  # fmt: skip
         if not q.per_channel or q.block or q.scale is None:
             continue
         size = q.scale.size
