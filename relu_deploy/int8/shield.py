@@ -1,11 +1,11 @@
-"""Keep ONNX Runtime from quantising what was left in float.
+"""Keep ONNX Runtime from quantising what was left in float, and from leaving in float what was quantised.
 
 Its optimiser (``WeightBiasQuantization``, seen in onnxruntime 1.31) quantises the float weights of any Conv,
 ConvTranspose or Gemm that stands between a DequantizeLinear and a QuantizeLinear, to int8 with one scale for the whole
 tensor. A layer that was kept in float because INT8 hurts it would come back as INT8 of the coarsest kind; a
 ConvTranspose, which has no integer kernel, would lose its precision for nothing. It passes over layers whose input has
 a scale for each channel. So such a layer gets a DequantizeLinear of its own with as many equal scales as there are
-channels: the numbers are the same.
+channels: the numbers are the same. The converse is in :mod:`relu_deploy.int8.spare`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from relu_deploy.int8.spare import spare_products
 from relu_deploy.report import PassReport, Skip
 
 _TOUCHED = ("Conv", "ConvTranspose", "Gemm")
@@ -21,12 +22,15 @@ _TOUCHED = ("Conv", "ConvTranspose", "Gemm")
 def shield_float_layers(graph: gs.Graph) -> PassReport:
     """Give layers with float weights behind a DequantizeLinear one with equal scales for all channels.
 
+    ReLU and Clip that would keep INT8 products in float are spelled otherwise, too.
+
     Args:
         graph: Quantised for ``ort``. Edited in place.
 
     Returns:
         Changed: the layers. Skipped: those whose input has no axis of two and more entries that is known.
     """
+    spare_products(graph)
     changed: list[str] = []
     skipped: list[Skip] = []
     for node in list(graph.nodes):

@@ -100,6 +100,13 @@ CASES = {
     "a Clip from above 0": Case("unfused", "float", CLIPPED, {"lo": np.float32(1), "hi": np.float32(99)}),
     "a Clip of computed bounds": Case("unfused", "float", "[top] hi = ReduceMax<keepdims=0>(x) " + CLIPPED,
                                       {"lo": np.float32(0)}),
+    "a ReLU between a product and floats": Case("unfused", "float", qdq("x", "a") + MATMUL % 1 + "[relu] r = Relu(c) "
+                                                "y = Neg(r)", io=ROW_IO, base=ROWS),
+    "a ReLU between a product and codes below 0.0": Case(
+        "unfused", "float", qdq("x", "a") + MATMUL % 1 + "[relu] r = Relu(c) " + qdq("r", "y"), io=ROW_IO, base=ROWS),
+    "a Clip between a product and codes above it": Case(
+        "unfused", "float", qdq("x", "a") + (MATMUL % 1).replace("MatMul", "Gemm") + "[clip] r = Clip(c, lo, hi) " +
+        qdq("r", "y", "z"), {"lo": np.float32(0), "hi": np.float32(6)}, io=ROW_IO, base=ROWS),
     "an activation behind Q/DQ": Case("half-quantized", "float", qdq("x", "a0") + "[op] a = Sigmoid(a0) " + WD + CONV +
                                       qdq("c", "y", "z"), automatic=True),
     "weights only": Case("half-quantized", "float", WD + CONV.replace("(a,", "(x,") + qdq("c", "y", "z")),

@@ -228,18 +228,22 @@ def squares_deviation(net: Network, node: onnx.NodeProto) -> bool:
 def unfused(net: Network, target: Target) -> Iterator[Finding]:
     """``unfused``: for ``ort``, an integer convolution wants one quantiser behind it, and nothing else.
 
-    Behind a ReLU or Clip the quantiser has to clip as they do: its lowest code is 0.0.
+    Behind a ReLU or Clip the quantiser has to clip as they do: its lowest code is 0.0. A product may give floats, but
+    not to a ReLU or Clip that anything but such a quantiser alone reads.
     """
     if target != "ort":
         return
     for layer in net.layers:
-        if layer.node.op_type != "Conv" or not _is_int8(layer):
+        convolution = layer.node.op_type == "Conv"
+        if not _is_int8(layer) or layer.node.op_type == "ConvTranspose":
             continue
-        reason = _why_unfused(net, layer)
+        reason = _why_unfused(net, layer) if convolution else _why_hidden(net, layer)
         if reason:
+            what = "convolution" if convolution else "product"
             yield Finding(
-                "unfused", layer.node.name, "float", f"the convolution runs in float: {reason}",
-                "one quantiser behind it, or behind its ReLU with a lowest code of 0.0",
+                "unfused", layer.node.name, "float", f"the {what} runs in float: {reason}",
+                "one quantiser behind it, or behind its ReLU with a lowest code of 0.0"
+                + ("" if convolution else "; or Max(x, 0) for the ReLU"),
             )  # fmt: skip
 
 
@@ -285,6 +289,20 @@ def _why_unfused(net: Network, layer: LinearLayer) -> str:
         return f"its output is read by {', '.join(kinds) or 'nothing'}, not by one quantiser alone"
     quantizer = net.quantizer(readers[0].output[0])
     return "" if clipping is None or quantizer is None else _why_kept(net, clipping, quantizer)
+
+
+def _why_hidden(net: Network, layer: LinearLayer) -> str:
+    """What keeps ONNX Runtime from seeing that a product may give floats; empty where nothing does."""
+    readers = net.readers(layer.node.output[0])
+    if len(readers) != 1 or readers[0].op_type not in _CLIPPING or layer.node.output[0] in net.outputs:
+        return ""
+    clipping, behind = readers[0], net.readers(readers[0].output[0])
+    if clipping.output[0] in net.outputs or len(behind) != 1:
+        return ""
+    if behind[0].op_type != "QuantizeLinear":
+        return f"its {clipping.op_type} is read by {behind[0].op_type}, not by a quantiser"
+    quantizer = net.quantizer(behind[0].output[0])
+    return "" if quantizer is None else _why_kept(net, clipping, quantizer)
 
 
 def _why_kept(net: Network, clipping: onnx.NodeProto, quantizer: Quantizer) -> str:
