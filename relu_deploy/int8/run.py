@@ -35,7 +35,7 @@ from relu_deploy.int8.settle import settle
 from relu_deploy.int8.shield import shield_float_layers
 from relu_deploy.int8.siblings import merge_siblings
 from relu_deploy.int8.store import Stored
-from relu_deploy.int8.tables import stand_in, take_back, write_tables
+from relu_deploy.int8.tables import as_floats, stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
 from relu_deploy.ops import is_definition, is_pwlu
@@ -206,10 +206,12 @@ def quantize(
         evened, centres, placement = moved, moved.centres, placed(left)
     sites = take_back(graph, sites, placement)
     decided = None
-    if evidence is not None and not sites:
-        draft = Draft(graph, lifted, placement, bounds, number, centres)
+    if evidence is not None:
+        runs = as_floats(graph, sites) if sites else graph
+        draft = Draft(runs, lifted, placement, bounds, number, centres)
         decided = _decide(draft, lambda damaged: placed({**left, **damaged}), evidence)
         placement = decided.placement
+        sites = take_back(graph, sites, placement)
     stored = settle(graph, placement, centres, {} if decided is None else decided.weights, number)
     written = write(graph, placement, bounds, number, stored)
     write_tables(graph, sites, written.activations)

@@ -81,8 +81,12 @@ class _Kept:
     def of(cls, node: gs.Node) -> _Kept:
         return cls(node.op, node.name, node.domain, dict(node.attrs), tuple(node.inputs), tuple(node.outputs))
 
-    def again(self) -> gs.Node:
-        return gs.Node(self.op, self.name, dict(self.attrs), list(self.inputs), list(self.outputs), domain=self.domain)
+    def again(self, tensors: dict[str, gs.Tensor] | None = None) -> gs.Node:
+        """The node; with ``tensors`` in a graph that has its own, by name. What that lacks is added to it."""
+        ends = self.inputs, self.outputs
+        if tensors is not None:
+            ends = tuple(tuple(tensors.setdefault(t.name, t.copy()) if t.name else t for t in part) for part in ends)
+        return gs.Node(self.op, self.name, dict(self.attrs), list(ends[0]), list(ends[1]), domain=self.domain)
 
 
 def stand_in(graph: gs.Graph, measured: Iterable[str]) -> tuple[Site, ...]:
@@ -132,6 +136,26 @@ def take_back(graph: gs.Graph, sites: Sequence[Site], placement: Placement) -> t
         graph.nodes.extend(kept.again() for kept in site.nodes if not any(t.inputs for t in kept.outputs))
     tidy(graph)
     return tuple(left)
+
+
+def as_floats(graph: gs.Graph, sites: Sequence[Site]) -> gs.Graph:
+    """Copy of a graph in which the float nodes are back in place of every stand-in: one that runs.
+
+    Args:
+        graph: With the stand-ins of ``sites``. Not changed.
+        sites: Those that :func:`take_back` left.
+    """
+    copy = graph.copy()
+    tensors, nodes = copy.tensors(), {node.name: node for node in copy.nodes if node.op == STAND_IN}
+    for site in sites:
+        if site.name in nodes:
+            nodes[site.name].inputs.clear()
+            nodes[site.name].outputs.clear()
+            copy.nodes.remove(nodes[site.name])
+            for kept in site.nodes:
+                copy.nodes.append(kept.again(tensors))
+    tidy(copy)
+    return copy
 
 
 def write_tables(graph: gs.Graph, sites: Sequence[Site], activations: dict[str, QParams]) -> None:

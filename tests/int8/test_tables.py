@@ -13,6 +13,7 @@ from calib.run import calibrate
 from calib.sources import open_source
 from relu_deploy import ops
 from relu_deploy.graph import count_ops
+from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.run import quantize
 
 NAMES = ("left", "right", "values", "slope_left", "slope_right")
@@ -259,3 +260,21 @@ def test_two_functions_of_one_tensor_that_share_an_operator():
         )
         # 7-bit weights and 8-bit activations; a lost or doubled operator is off by the values themselves.
         assert np.abs(expected[0] - found[0]).mean() < 0.03 * np.abs(expected[0]).max(), dropped
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_around_tables_are_ranked_and_corrected(layout):
+    """The float activation stands for its table there; the file has the table all the same."""
+    model, _, _ = build(layout)
+    source = open_source({"x": np.concatenate([sample(model, seed) for seed in range(4)])}, model_inputs(model))
+    measured = calibrate(model, source)
+    plain, _ = quantize(model, measured, weight_bits=8)
+    told, report = quantize(model, measured, weight_bits=8, evidence=Evidence(source, rank=True))
+    before, after = count_ops(plain), count_ops(told)
+    before.pop("DequantizeLinear"), after.pop("DequantizeLinear")  # a layer without a bias may get one
+    assert after == before
+    assert "GatherElements" in after
+    assert len(report.sensitivity.layers) == 2
+    assert [layer.layer for layer in report.correction.layers] == [layer.name for layer in report.layers]
+    if report.correction.used:
+        assert report.correction.after_db > report.correction.before_db
