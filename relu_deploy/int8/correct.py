@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 
 from calib.batches import batches
@@ -46,6 +47,8 @@ _ROWS, _NUMBERS = 8192, 1 << 24
 _WIDEST = 4608
 # Steps that an int32 bias may move by: far from overflow with the 30 bits that it may have before.
 _BIAS_ROOM = 1 << 29
+# Bytes of activations that may be held, and the networks that hold them: float, plain and three ways of correcting.
+_HELD, _NETWORKS = 1 << 31, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +144,8 @@ class _Pass:
         ]
         if not feeds:
             raise QuantizationError("there is no sample to correct the weights on")
+        self.layers = [node for node in self.heads.graph.nodes if node.name in draft.placement.chosen]
+        feeds = feeds[: _affordable(exact, feeds[0], [node.inputs[0].name for node in self.layers])]
         held = min(JUDGED, len(feeds) // 3) if len(feeds) >= _FEWEST else 0
         self.learned = range(len(feeds) - held)
         self.judged = range(len(feeds) - held, len(feeds)) if held else self.learned
@@ -152,11 +157,10 @@ class _Pass:
         self.reads = {node.name: node.input[0] for node in rounded.graph.node}
 
     def run(self, progress: Progress) -> tuple[dict[str, Stored], Correction]:
-        layers = [node for node in self.heads.graph.nodes if node.name in self.draft.placement.chosen]
-        for number, node in enumerate(layers):
+        for number, node in enumerate(self.layers):
             if (windows := windows_of(node)) is not None:
                 self._layer(node, windows, number)
-            progress("correct weights", number + 1, len(layers))
+            progress("correct weights", number + 1, len(self.layers))
         before = self._at_outputs(self.walk)
         reached = [self._at_outputs(way.walk) for way in self.ways]
         after = max(reached)
@@ -224,6 +228,15 @@ class _Pass:
             else stored
             for name, stored in way.stored.items()
         }
+
+
+def _affordable(exact: onnx.ModelProto, feed: Mapping[str, Array], tensors: Iterable[str]) -> int:
+    """How many samples can be on their way through all networks at once."""
+    walk, most = Walk(exact, [feed]), 1
+    for name in tensors:
+        walk.fetch(name)
+        most = max(most, walk.held)
+    return max(_HELD // (_NETWORKS * most), 1)
 
 
 def _keep(way: _Way, node: gs.Node, best: Choice, centre: npt.NDArray[np.float64] | None) -> None:

@@ -237,17 +237,28 @@ class _Decided:
 
     placement: Placement
     weights: dict[str, Stored]
-    sensitivity: Sensitivity
+    sensitivity: Sensitivity | None
     correction: Correction | None
+    warnings: tuple[str, ...]
 
 
 def _decide(draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], evidence: Evidence) -> _Decided:
     """Leave in float what INT8 damages too much, and correct the rest."""
-    sensitivity = measure_sensitivity(draft, evidence)
-    if sensitivity.kept:
-        draft = dataclasses.replace(draft, placement=place_again(_damaged(sensitivity)))
-    weights, correction = correct(draft, evidence) if evidence.correct else ({}, None)
-    return _Decided(draft.placement, weights, sensitivity, correction)
+    sensitivity, correction, weights = None, None, {}
+    warnings = []
+    try:
+        sensitivity = measure_sensitivity(draft, evidence)
+        if sensitivity.kept:
+            draft = dataclasses.replace(draft, placement=place_again(_damaged(sensitivity)))
+    except QuantizationError as error:
+        if evidence.rank or evidence.keep_worst:
+            raise
+        warnings.append(f"layers were not ranked by damage: {error.message}")
+    try:
+        weights, correction = correct(draft, evidence) if evidence.correct else ({}, None)
+    except QuantizationError as error:
+        warnings.append(f"weights were not corrected on the samples: {error.message}")
+    return _Decided(draft.placement, weights, sensitivity, correction, tuple(warnings))
 
 
 def _measured(
@@ -259,8 +270,9 @@ def _measured(
     drift = measure_drift(model, quantized, evidence.first(SAMPLES), integer_kernels=integer)
     if decided is None:
         return dataclasses.replace(report, drift=drift)
+    told = (*report.warnings, *decided.warnings)
     found, done = decided.sensitivity, decided.correction
-    return dataclasses.replace(report, drift=drift, sensitivity=found, correction=done)
+    return dataclasses.replace(report, drift=drift, sensitivity=found, correction=done, warnings=told)
 
 
 def _damaged(found: Sensitivity) -> dict[str, str]:

@@ -83,10 +83,13 @@ class _Kept:
 
     def again(self, tensors: dict[str, gs.Tensor] | None = None) -> gs.Node:
         """The node; with ``tensors`` in a graph that has its own, by name. What that lacks is added to it."""
-        ends = self.inputs, self.outputs
+        inputs, outputs = list(self.inputs), list(self.outputs)
         if tensors is not None:
-            ends = tuple(tuple(tensors.setdefault(t.name, t.copy()) if t.name else t for t in part) for part in ends)
-        return gs.Node(self.op, self.name, dict(self.attrs), list(ends[0]), list(ends[1]), domain=self.domain)
+            inputs, outputs = (
+                [tensors.setdefault(end.name, end.copy()) if end.name else end for end in ends]
+                for ends in (inputs, outputs)
+            )
+        return gs.Node(self.op, self.name, dict(self.attrs), inputs, outputs, domain=self.domain)
 
 
 def stand_in(graph: gs.Graph, measured: Iterable[str]) -> tuple[Site, ...]:

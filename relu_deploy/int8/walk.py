@@ -42,6 +42,11 @@ class Walk:
         }
         self._count = len(feeds)
 
+    @property
+    def held(self) -> int:
+        """Bytes of the values that are kept for what is still to come."""
+        return sum(value.nbytes for values in self._values.values() for value in values)
+
     def replace(self, name: str, values: Array) -> None:
         """Change an initializer that nothing computed so far has read.
 

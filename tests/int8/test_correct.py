@@ -147,3 +147,29 @@ def test_progress_is_told():
     steps = [step for step in told if step[0] == "correct weights"]
     assert [done for _, done, _ in steps] == [1, 2, 3, 4]
     assert {total for *_, total in steps} == {4}
+
+
+def test_a_network_that_does_not_run_in_pieces_is_written_as_it_is(monkeypatch):
+    from relu_deploy.errors import QuantizationError
+    from relu_deploy.int8.walk import Walk
+
+    def refuse(self, name):
+        raise QuantizationError(f"{name} is not a tensor")
+
+    monkeypatch.setattr(Walk, "fetch", refuse)
+    (plain, _), (same, report) = corrected(network(), "ort")
+    assert same.SerializeToString() == plain.SerializeToString()
+    assert report.correction is None
+    assert "weights were not corrected on the samples: x is not a tensor" in report.warnings
+
+
+def test_no_more_samples_are_on_their_way_than_memory_bears(monkeypatch):
+    from relu_deploy.int8 import correct as module
+
+    model = network()
+    source = open_source(images(1, 24), model_inputs(model))
+    ranges = calibrate(model, source)
+    # The most that is held at once is an activation of 16 channels and 12 x 12 floats.
+    monkeypatch.setattr(module, "_HELD", 5 * 7 * 16 * 12 * 12 * 4)
+    _, report = quantize(model, ranges, weight_bits=8, evidence=Evidence(source))
+    assert report.correction.learned + report.correction.judged == 7
