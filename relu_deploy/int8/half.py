@@ -31,6 +31,7 @@ _WIDE = frozenset({
     "LpNormalization", "MeanVarianceNormalization", "LSTM", "GRU", "RNN", "If", "Loop", "Scan", "NonMaxSuppression",
     "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Range",
     "Det", "Einsum", "Cast", "CastLike", "ConstantOfShape", "EyeLike", "GridSample", "RoiAlign", "QLinearConv",
+    "Celu", "IsInf", "DynamicQuantizeLinear",
 })  # fmt: skip
 _SUMS = ("ReduceSum", "ReduceMean", "GlobalAveragePool")
 # Operands that ONNX wants in float32, or as they are, whatever the type of the first one is.
@@ -94,6 +95,8 @@ def _why_float(node: gs.Node, limits: _Limits, kept: set[int]) -> str:
         return f"{node.op} is computed in float32"
     if any(id(tensor) in kept for tensor in (*node.inputs, *node.outputs)):
         return "a graph inside If, Loop or Scan reads its values"
+    if node.attrs.get("reduction", "none") != "none":
+        return "any number of values meet in one place"
     if node.op == "LayerNormalization" and node.attrs.get("stash_type", 1) != 1:
         return "its statistics would be float16"
     for operand in node.inputs[: 1 if node.op in _FIRST_ONLY else None]:

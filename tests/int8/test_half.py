@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, numpy_helper
 
@@ -124,6 +125,32 @@ def test_values_that_an_inner_graph_reads_keep_their_type():
     assert "a graph inside If, Loop or Scan reads its values" in kept["a"]
     feeds = {"x": np.ones((2, 8), np.float32), "c": np.array(False)}
     np.testing.assert_array_equal(open_session(after, threads=1).run(None, feeds)[0], 1)
+
+
+@pytest.mark.parametrize("opset", [19, files.MAX_OPSET])
+def test_what_onnx_has_no_float16_for_is_left_in_float32(opset):
+    """Every operator that takes float32 and not float16, read from ONNX itself."""
+    known = [s for s in onnx.defs.get_all_schemas_with_history() if not s.domain and s.since_version <= opset]
+    newest = {schema.name: schema for schema in sorted(known, key=lambda schema: schema.since_version)}
+    first = {name: s.inputs[0].types for name, s in newest.items() if s.inputs and not s.deprecated}
+    lacking = {name for name, types in first.items() if "tensor(float)" in types and "tensor(float16)" not in types}
+    assert "Celu" in lacking
+    for name in sorted(lacking):
+        x, y = (gs.Variable(each, np.dtype(np.float32), (2,)) for each in "xy")
+        node = gs.Node(name, "n", inputs=[x], outputs=[y])
+        report = halve(gs.Graph([node], [x], [y], opset=opset), {"x": (-1.0, 1.0), "y": (-1.0, 1.0)})
+        assert [skip.name for skip in report.skipped] == ["n"], name
+
+
+def test_values_that_are_added_up_in_places_stay_float32():
+    text = """(float[4,8] x) => (float[4,8] y) <int64[3,1] at = {0, 1, 0}> {
+      [a] a = Relu(x) [b] b = Slice(a, zero, three)
+      [add] c = ScatterND<reduction="add">(a, at, b) [out] y = Relu(c) }"""
+    model = parse(text)
+    model.graph.initializer.extend(numpy_helper.from_array(np.array([v]), k) for k, v in (("zero", 0), ("three", 3)))
+    after, kept = halved(onnx.shape_inference.infer_shapes(model), dict.fromkeys("xabcy", (-4.0, 4.0)))
+    assert kept == {"add": "any number of values meet in one place"}
+    open_session(after).run(None, {"x": np.ones((4, 8), np.float32)})  # ONNX Runtime has no such kernel for float16
 
 
 def test_values_that_vanish_in_float16_stay_float32():
