@@ -18,6 +18,8 @@ from relu_deploy.engines.promise import ACTIVATIONS, LINEAR, Promises
 # Relu, Max and Min are not among them: quantising clips with them too.
 _WORDS = {"silu": "silu", "swish": "silu", "sigm": "sigmoid", "sigmoid": "sigmoid", "tanh": "tanh", "erf": "erf",
           "gelu": "gelu", "gelu_erf": "gelu", "elu": "elu", "leaky_relu": "leaky_relu"}  # fmt: skip
+# In the name of the kernel of attention, which holds both products and the Softmax between them.
+_ATTENTION = "_gemm_mha"
 
 
 def audit_engine(
@@ -69,10 +71,22 @@ def _linear(
                 found[name] = _layer(name, op, kernel, _reason(name, op, promises, turing=turing))
     for name in (name for name, op in ops.items() if op in LINEAR):
         if name not in found:
-            holders = [kernel.name for kernel in kernels if name in kernel.layers]
-            reason = f"only {holders[0]} names it" if holders else "no kernel names it; it may have been folded away"
-            found[name] = LinearLayer(name, UNKNOWN, kernel=holders[0] if holders else "", reason=reason)
+            holders = [kernel for kernel in kernels if name in kernel.layers]
+            found[name] = _held(name, holders[0] if holders else None, promises)
     return tuple(found.values())
+
+
+def _held(name: str, holder: Kernel | None, promises: Promises | None) -> LinearLayer:
+    """A product that is no operation of its own: in the kernel of attention it has the type of what that reads."""
+    if holder is None:
+        return LinearLayer(name, UNKNOWN, kernel="", reason="no kernel names it; it may have been folded away")
+    types = {operand.dtype for operand in holder.reads if operand.dtype != "bool"}
+    if _ATTENTION in holder.name and len(types) == 1:
+        written = holder.writes[0].dtype if len(holder.writes) == 1 else UNKNOWN
+        (kind,) = types
+        reason = None if promises is None or kind == "int8" else promises.why_float(name)
+        return LinearLayer(name, kind, kernel=holder.name, output=written, reason=reason)
+    return LinearLayer(name, UNKNOWN, kernel=holder.name, reason=f"only {holder.name} names it")
 
 
 def _layer(name: str, op: LinearOp, kernel: Kernel, reason: str | None) -> LinearLayer:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from relu_deploy.int8.formats import NumberFormat
+from relu_deploy.int8.place_attention import with_attention
 from relu_deploy.int8.place_ort import place_ort
 from relu_deploy.int8.place_tensorrt import before_splits, place_tensorrt, quantised_behind, with_pooled
 from relu_deploy.int8.placement import (
@@ -33,7 +34,7 @@ from relu_deploy.int8.placement import (
 
 __all__ = (
     "LINEAR_OPS", "MOVING_OPS", "STAND_IN", "Layer", "Placement", "clip_bounds", "fused_relu", "is_clipping", "place",
-    "quantised_behind", "with_pooled",
+    "quantised_behind", "with_attention", "with_pooled",
 )  # fmt: skip
 
 # TensorRT-RTX 1.7.1 reads a ConvTranspose with Q/DQ, then silently multiplies in float. Tried: SM 89 and 120; kernels

@@ -27,12 +27,14 @@ class Layer:
         op: Conv, ConvTranspose, Gemm or MatMul.
         int8: Whether it is given INT8 inputs.
         reason: Why it stays float; empty when it does not.
+        live: It is a product of two tensors that are computed at run time, and so has no weights to store.
     """
 
     name: str
     op: str
     int8: bool
     reason: str = ""
+    live: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Placement:
 
     @property
     def chosen(self) -> frozenset[str]:
-        """Names of the linear layers that become INT8."""
-        return frozenset(layer.name for layer in self.layers if layer.int8)
+        """Names of the linear layers with weights that become INT8."""
+        return frozenset(layer.name for layer in self.layers if layer.int8 and not layer.live)
 
     def takes_codes(self, node: gs.Node) -> bool:
         """``ort``: whether a node reads the codes of what it reads, and not a float."""

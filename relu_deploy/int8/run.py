@@ -28,7 +28,7 @@ from relu_deploy.int8.islands_spell import shorten_islands
 from relu_deploy.int8.kernels import respect_softmax
 from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.lower_pools import spell_average_pools
-from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_pooled
+from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_attention, with_pooled
 from relu_deploy.int8.qoperator_files import IntegerReport
 from relu_deploy.int8.sensitivity import Sensitivity, measure_sensitivity
 from relu_deploy.int8.settle import settle
@@ -194,7 +194,11 @@ def quantize(
 
     def placed(floats: Mapping[str, str]) -> Placement:
         found = place(graph, bounds, number, keep_float=keep_float, half=floats, splits=splits)
-        return found if number.unsigned else with_pooled(graph, found, learned, bounds)
+        if number.unsigned:
+            return found
+        return with_attention(
+            graph, with_pooled(graph, found, learned, bounds), bounds, number, skip=frozenset(keep_float)
+        )
 
     placement = placed(left)
     _check_layers(placement, keep_float)

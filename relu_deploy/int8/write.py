@@ -66,7 +66,7 @@ def write(
     for name in sorted(placement.constants):
         _quantize_constants(graph, nodes[name], number)
     for layer in placement.layers:
-        if layer.int8:
+        if layer.name in placement.chosen:
             node = nodes[layer.name]
             scale = _scale_read(node) if number.integer_bias else 1.0
             stored = chosen.get(layer.name) or store(node, number, scale)
