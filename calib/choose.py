@@ -15,6 +15,8 @@ Source: "ReLU for inference acceleration", eq. 2; S. Migacz, "8-bit inference wi
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +27,7 @@ from calib.options import METHODS, PERCENTILE
 from calib.ranges import Ranges, TensorRange
 
 Bounds = tuple[float, float]
+_Found = TypeVar("_Found")
 
 
 def choose_range(
@@ -56,12 +59,8 @@ def choose_range(
     check_method(method, percentile)
     if method == "max":
         return measured.min, measured.max
-    if measured.histogram is None:
-        raise RangesError(
-            f"the ranges file has no histogram of {name}, which the method {method} needs",
-            hint=f"calibrate again with: --method {method}",
-        )
-    return _chosen(measured.histogram, (measured.min, measured.max), method, unsigned, percentile)
+    histogram = _needed(measured.histogram, f"histogram of {name}", method)
+    return _chosen(histogram, (measured.min, measured.max), method, unsigned, percentile)
 
 
 def choose_channels(
@@ -78,12 +77,8 @@ def choose_channels(
         raise RangesError(f"{name} has no channels")
     if method == "max":
         return measured.channel_min, measured.channel_max
-    if measured.channel_histograms is None:
-        raise RangesError(
-            f"the ranges file has no histograms of the channels of {name}, which the method {method} needs",
-            hint=f"calibrate again with: --method {method} --channels",
-        )
-    rows = zip(measured.channel_histograms, measured.channel_min, measured.channel_max, strict=True)
+    histograms = _needed(measured.channel_histograms, f"histograms of the channels of {name}", f"{method} --channels")
+    rows = zip(histograms, measured.channel_min, measured.channel_max, strict=True)
     chosen = [_chosen(counts, (float(a), float(b)), method, unsigned, percentile) for counts, a, b in rows]
     lows, highs = np.array(chosen, np.float32).T
     return lows, highs
@@ -112,6 +107,16 @@ def check_method(method: str, percentile: float | None) -> None:
         raise CalibrationError(f"there is no calibration method {method!r}", hint=f"methods are {', '.join(METHODS)}")
     if percentile is not None and not 0 < percentile <= 100:
         raise CalibrationError(f"a percentile of {percentile} is none", hint="above 0, at most 100; 99.99 is usual")
+
+
+def _needed(found: _Found | None, what: str, how: str) -> _Found:
+    """What was measured with ``--method HOW``. Raises: RangesError: it was not."""
+    if found is None:
+        raise RangesError(
+            f"the ranges file has no {what}, which the method {how.split()[0]} needs",
+            hint=f"calibrate again with: --method {how}",
+        )
+    return found
 
 
 def _chosen(histogram: Histogram, extremes: Bounds, method: str, unsigned: bool, percentile: float | None) -> Bounds:
