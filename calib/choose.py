@@ -113,7 +113,7 @@ def _needed(found: _Found | None, what: str, how: str) -> _Found:
     """What was measured with ``--method HOW``. Raises: RangesError: it was not."""
     if found is None:
         raise RangesError(
-            f"the ranges file has no {what}, which the method {how.split()[0]} needs",
+            f"the ranges file has no {what}, which the method {how.partition(' ')[0]} needs",
             hint=f"calibrate again with: --method {how}",
         )
     return found
