@@ -183,6 +183,12 @@ def test_a_bound_that_rounds_to_the_last_code_clips_nothing(end: str, step: floa
     assert lint(model, "ort").counts() == ({} if step < 0.5 else {"unfused": 1})
 
 
+def test_a_product_whose_relu_is_read_twice_is_no_fault(tmp_path: Path) -> None:
+    model = parse(f"{ROW_IO} {{ {qdq('x', 'a') + MATMUL % 1} [relu] r = Relu(c) [sum] y = Add(r, r) }}", ROWS)
+    assert lint(model, "ort").findings == ()
+    assert is_integer(optimised(model, tmp_path))
+
+
 @pytest.mark.parametrize("name", SOUND)
 def test_what_it_fuses_is_no_fault(name: str, tmp_path: Path) -> None:
     model = parse(f"{IO} {{ {SOUND[name]} }}", STORED)

@@ -297,7 +297,8 @@ def _why_hidden(net: Network, layer: LinearLayer) -> str:
     if len(readers) != 1 or readers[0].op_type not in _CLIPPING or layer.node.output[0] in net.outputs:
         return ""
     clipping, behind = readers[0], net.readers(readers[0].output[0])
-    if clipping.output[0] in net.outputs or len(behind) != 1:
+    times = sum(list(reader.input).count(clipping.output[0]) for reader in behind)  # Add(r, r) reads it twice
+    if clipping.output[0] in net.outputs or times != 1:
         return ""
     if behind[0].op_type != "QuantizeLinear":
         return f"its {clipping.op_type} is read by {behind[0].op_type}, not by a quantiser"
