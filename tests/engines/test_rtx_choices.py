@@ -6,10 +6,12 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from relu_deploy.engines.audit import Audit
+from relu_deploy.engines.plan import read_plan
 from relu_deploy.engines.promise import disagreements
 from relu_deploy.int8.lint import lint
 from relu_deploy.int8.run import QuantReport, quantize
@@ -125,3 +127,25 @@ def test_other_cards(residual_model: Callable, tmp_path: Path, sm: str) -> None:
     quantized, report = quantize(model, quantizer.measured(model), target="tensorrt-rtx")
     built = quantizer.build(quantized, tmp_path, sm=(sm,))
     assert quantizer.broken_promises(report, quantized, built, student=True) == []
+
+
+def test_an_int8_depthwise_convolution_reads_four_times_the_codes(tmp_path: Path) -> None:
+    """Why they stay in float16: three channels of zeros stand beside each. In groups of four it reads its input."""
+    body = (
+        "[first] a = Conv(x, w) s = HardSwish(a) [depth] b = Conv<pads=[1,1,1,1], group=%d>(s, v) [last] y = Conv(b, w)"
+    )
+    weight = np.random.default_rng(0).normal(0, 0.3, (64, 1, 3, 3)).astype(np.float32)
+    wide = np.zeros((64, 4, 3, 3), np.float32)
+    wide[np.arange(64), np.arange(64) % 4] = weight[:, 0]
+    moved = {}
+    for group, values in ((64, weight), (16, wide)):
+        text = f"(float[1,64,40,40] x) => (float[1,64,40,40] y) {{ {body % group} }}"
+        model = quantizer.parse(text, {"w": (64, 64, 1, 1), "v": values})
+        quantized, report = quantize(model, quantizer.measured(model), target="tensorrt-rtx", float_part="fp32")
+        assert report.int8_layers == 3
+        moved[group] = quantizer.build(quantized, tmp_path).audit.bytes_moved
+        (program,) = read_plan((tmp_path / "e.plan").read_bytes())
+        (depth,) = [kernel for kernel in program.kernels if "depth" in {op.name for op in kernel.linear}]
+        assert depth.reads[0].dims == (1, 256 if group == 64 else 64, 40, 40)
+        assert depth.reads[0].dtype == "int8"
+    assert (moved[16] or 0) < (moved[64] or 0)
