@@ -140,7 +140,7 @@ def number_format(
         )
     floats: FloatPart = "fp32" if target == "ort" or float_part == "fp32" else "fp16"
     granularity: Granularity = "tensor" if weight_granularity == "tensor" else "channel"
-    if weight_granularity == "auto" and target == "tensorrt-rtx" and floats == "fp16":
+    if weight_granularity == "auto" and target == "tensorrt-rtx":
         granularity = "auto"
     for known in TARGETS:
         if target == known:

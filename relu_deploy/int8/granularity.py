@@ -29,7 +29,8 @@ def may_share(node: gs.Node, number: NumberFormat) -> bool:
     """Whether a layer's weights get one scale if they lose little by it; before they are looked at."""
     if number.weight_granularity != "auto":
         return number.weight_granularity == "tensor"
-    return bool(node.op == "Conv" and node.attrs.get("group", 1) == 1) or is_cut_for_attention(node)
+    fuses = number.half and node.op == "Conv" and node.attrs.get("group", 1) == 1
+    return bool(fuses) or is_cut_for_attention(node)
 
 
 def shares_scale(node: gs.Node, number: NumberFormat) -> bool:

@@ -21,6 +21,7 @@ from relu_deploy.engines.promise import disagreements
 from relu_deploy.errors import CheckFailedError, EngineError
 from relu_deploy.flow import Int8Plan, build_engine
 from relu_deploy.graph import save_model
+from relu_deploy.int8.lint import lint
 from relu_deploy.int8.run import QuantReport, quantize
 
 pytestmark = pytest.mark.engine
@@ -276,6 +277,14 @@ FUSED_WEIGHTS: Weights = {"w": (64, 192), "b": (192,), "wo": (64, 64)}
 def test_queries_keys_and_values_in_one_product(tmp_path: Path, cut: str) -> None:
     built = assert_promises_kept(parse(FUSED % CUT[cut], FUSED_WEIGHTS), tmp_path)
     assert built.audit.int8 == (4 if cut == "Split" else 2)  # attention too, where its products are MatMul
+
+
+@pytest.mark.parametrize("cut", CUT)
+def test_queries_keys_and_values_in_one_product_of_a_float32_network(tmp_path: Path, cut: str) -> None:
+    model = parse(FUSED % CUT[cut], FUSED_WEIGHTS)
+    quantized, report = quantize(model, measured(model), target="tensorrt-rtx", float_part="fp32")
+    assert "cut-for-attention" not in lint(quantized, "tensorrt-rtx").counts()
+    assert broken_promises(report, quantized, build(quantized, tmp_path), student=False) == []
 
 
 @pytest.mark.parametrize("cut", CUT)

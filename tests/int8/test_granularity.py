@@ -3,6 +3,7 @@ asked in tests/engines/test_quantizer_engines.py."""
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from onnx import numpy_helper
 
@@ -51,6 +52,7 @@ def test_what_is_cut_for_attention(body, cut):
     weight = np.random.default_rng(0).normal(size=(32, 16) if "transB" in body else (16, 32))
     node, number = layer(body, weight), number_format("tensorrt-rtx", weight_granularity="auto", float_part="fp16")
     assert is_cut_for_attention(node) is may_share(node, number) is shares_scale(node, number) is cut
+    assert may_share(node, number_format("tensorrt-rtx", weight_granularity="auto", float_part="fp32")) is cut
     assert not may_share(node, number_format("tensorrt-rtx", weight_granularity="channel", float_part="fp16"))
     assert not may_share(node, number_format("ort", weight_granularity="auto"))
 
@@ -62,3 +64,10 @@ def test_not_where_one_scale_loses_much(body):
     number = number_format("tensorrt-rtx", weight_granularity="auto", float_part="fp16")
     assert may_share(node, number)
     assert not shares_scale(node, number)
+
+
+def test_in_float32_no_convolution_fuses_by_it():
+    conv = gs.Node("Conv", "c", inputs=[gs.Variable("x"), gs.Constant("w", np.ones((4, 4, 1, 1), np.float32))])
+    for part, shared in (("fp16", True), ("fp32", False)):
+        number = number_format("tensorrt-rtx", weight_granularity="auto", float_part=part)
+        assert may_share(conv, number) is shares_scale(conv, number) is shared

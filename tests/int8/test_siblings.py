@@ -182,7 +182,7 @@ def test_one_scale_where_little_is_lost():
 
 
 @pytest.mark.parametrize(("target", "part", "found"), [
-    ("tensorrt-rtx", "auto", "auto"), ("tensorrt-rtx", "fp32", "channel"), ("tensorrt", "auto", "channel"),
+    ("tensorrt-rtx", "auto", "auto"), ("tensorrt-rtx", "fp32", "auto"), ("tensorrt", "auto", "channel"),
     ("ort", "auto", "channel"),
 ])  # fmt: skip
 def test_granularity_is_chosen_only_where_it_was_measured(target, part, found):
