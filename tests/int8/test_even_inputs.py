@@ -317,23 +317,19 @@ def test_a_range_chosen_inside_the_extremes_cuts_each_channel() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_measured_on_data_knows_of_the_offset(name: str) -> None:
-    """Ranking and correcting see the network as it is written: far from what unsettled weights would make of it."""
+    """Correcting begins with the network as it is written, not with what unsettled weights would make of it."""
     model, data = NETWORKS[name]
     data = np.random.default_rng(1).uniform(size=(24, *data.shape[1:])).astype(np.float32) ** 20 * 10
     source = open_source(data, model_inputs(model))
     ranges = calibrate(model, source)
     plain, _ = quantize(model, ranges, target="tensorrt-rtx", float_part="fp32")
-    corrected, report = quantize(
-        model, ranges, target="tensorrt-rtx", float_part="fp32", evidence=Evidence(source, rank=True)
-    )
+    corrected, report = quantize(model, ranges, target="tensorrt-rtx", float_part="fp32", evidence=Evidence(source))
     wanted, before, after = run(model, data), run(plain, data), run(corrected, data)
     reached = sqnr_db(float((wanted**2).sum()), float(((wanted - before) ** 2).sum()))
     better = sqnr_db(float((wanted**2).sum()), float(((wanted - after) ** 2).sum()))
-    assert report.sensitivity is not None
     assert report.correction is not None
     assert reached is not None
     assert better is not None
-    # Measured on 4 and 8 of the 24 samples, which hold a few peaks each.
-    assert report.sensitivity.before_db == pytest.approx(reached, abs=4)
+    # Measured on 8 of the 24 samples, which hold a few peaks each.
     assert report.correction.before_db == pytest.approx(reached, abs=4)
     assert better > reached - 0.5
