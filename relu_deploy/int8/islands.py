@@ -17,7 +17,6 @@ The network computes the same function, up to float rounding; and no code is spe
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,6 +38,8 @@ from relu_deploy.report import PassReport, Skip
 
 Bounds = dict[str, tuple[float, float]]
 _CODES = 255
+# By what part the range of a channel is widened: this over the number of samples, up to that.
+_ROOM, _MOST_ROOM = 8, 2
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -60,14 +61,17 @@ class Channels:
 def channels_of(measured: TensorRange, samples: int) -> Channels | None:
     """What calibration tells of a tensor by channel; None where it measured no channels.
 
-    The largest value of one channel is seen less surely than that of the whole tensor: where values fall off
-    exponentially, the next sample that exceeds the largest of n does so by a part of 1 / ln n of it on average. Ranges
-    of channels are widened by twice that, as far as the tensor's own goes.
+    The largest value of one channel is seen less surely than that of the whole tensor: the sample after n others
+    exceeds it with probability 1 / (n + 1). Room for that makes the steps coarser for all of them, so ranges of
+    channels are widened by a part that falls as that probability does, as far as the tensor's own range goes. How much,
+    was measured: three trained networks (convolutions with HardSwish, a transformer, a text reader) calibrated with 4
+    to 128 samples and tested on others want three times what was seen of 4 samples, and next to nothing of 64. Room
+    that falls as slowly as the largest of n values grows, 2 / ln n, cost one of them 2 dB with 64.
     """
     if measured.channel_min is None or measured.channel_max is None:
         return None
     power = second_moments(measured, measured.channel_min.size)
-    margin = 1 + 2 / math.log(samples + 1)
+    margin = 1 + min(_ROOM / max(samples, 1), _MOST_ROOM)
     low, high = measured.channel_min.astype(np.float64) * margin, measured.channel_max.astype(np.float64) * margin
     return Channels(np.clip(low, measured.min, measured.max), np.clip(high, measured.min, measured.max), power)
 

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calib.inputs import model_inputs
+from calib.ranges import TensorRange
 from calib.run import calibrate
 from calib.session import open_session
 from calib.sources import open_source
@@ -262,3 +263,38 @@ def test_a_silu_in_integers_spends_no_codes_on_its_tail():
     step = report.activations["a"].scale
     assert abs(silu(grid.lowest)) < step / 2
     assert grid.highest == pytest.approx(ranges.tensors["c"].max, rel=0.02)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 10_000))
+def test_channels_get_room_that_falls_with_the_samples_seen(few, more):
+    few, more = sorted((few, more))
+    low, high = np.array([-1, 0, -4], np.float32), np.array([2, 0.5, 30], np.float32)
+    range_ = TensorRange(-4, 30, "float32", more, axis=1, channel_min=low, channel_max=high)
+    wide, near = (channels_of(range_, samples) for samples in (few, more))
+    for wider, closer, seen in ((-wide.low, -near.low, -low), (wide.high, near.high, high)):
+        assert (wider >= closer).all()
+        assert (closer >= seen).all(), "never less than what was measured"
+        assert (wider <= 3 * seen + 1e-6).all(), "and no room without end for few samples"
+    assert near.low.min() == -4, "nor past the tensor's own range"
+    assert near.high.max() == 30
+
+
+def test_room_pays_with_few_samples_and_costs_with_many():
+    """Against ranges as they were seen, on other samples of the same kind: what decided how much room there is."""
+    rng = np.random.default_rng(3)
+    values = rng.exponential(size=(4096, 64)) * np.logspace(-1, 1, 64)
+
+    def noise(samples: int, start: int, room: float) -> float:
+        seen = values[start : start + samples].max(axis=0) * room
+        others = np.delete(values, slice(start, start + samples), axis=0)
+        grid = np.clip(np.rint(others / seen * 255), 0, 255) / 255 * seen
+        return float((((others - grid) / others.std(axis=0)) ** 2).mean())
+
+    def room(samples: int) -> float:
+        seen = np.ones(1, np.float32)
+        range_ = TensorRange(0, 100, "float32", samples, axis=1, channel_min=0 * seen, channel_max=seen)
+        return float(channels_of(range_, samples).high[0])
+
+    few, many = ([noise(n, 500 * at, room(n)) / noise(n, 500 * at, 1.0) for at in range(4)] for n in (4, 400))
+    assert max(few) < 0.5
+    assert max(many) < 1.1
