@@ -85,10 +85,15 @@ class Correction:
 
     learned: int
     judged: int
-    before_db: float | None
-    after_db: float | None
+    before_db: float
+    after_db: float
     used: bool
     layers: tuple[Corrected, ...]
+
+    @property
+    def reached_db(self) -> float:
+        """What is in the file, as far as it was measured."""
+        return self.after_db if self.used else self.before_db
 
 
 def correct(draft: Draft, evidence: Evidence) -> tuple[dict[str, Stored], Correction]:

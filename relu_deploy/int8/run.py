@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -13,7 +13,8 @@ from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import ModelError, QuantizationError
 from relu_deploy.int8.cheaper import cheaper_in_half
-from relu_deploy.int8.correct import Correction, correct
+from relu_deploy.int8.correct import Correction
+from relu_deploy.int8.decide import Decided, decide
 from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.drift import SAMPLES, OutputDrift, measure_drift
 from relu_deploy.int8.even_inputs import EvenInputs, even_inputs
@@ -30,11 +31,10 @@ from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
 from relu_deploy.int8.lower_pools import spell_average_pools
 from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_attention, with_pooled
 from relu_deploy.int8.qoperator_files import IntegerReport
-from relu_deploy.int8.sensitivity import Sensitivity, measure_sensitivity
+from relu_deploy.int8.sensitivity import Sensitivity
 from relu_deploy.int8.settle import settle
 from relu_deploy.int8.shield import shield_float_layers
 from relu_deploy.int8.siblings import merge_siblings
-from relu_deploy.int8.store import Stored
 from relu_deploy.int8.tables import as_floats, stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
@@ -213,7 +213,7 @@ def quantize(
     if evidence is not None:
         runs = as_floats(graph, sites) if sites else graph
         draft = Draft(runs, lifted, placement, bounds, number, centres)
-        decided = _decide(draft, lambda damaged: placed({**left, **damaged}), evidence)
+        decided = decide(draft, lambda damaged: placed({**left, **damaged}), evidence)
         placement = decided.placement
         sites = take_back(graph, sites, placement)
     stored = settle(graph, placement, centres, {} if decided is None else decided.weights, number)
@@ -235,38 +235,8 @@ def quantize(
     return quantized, report if evidence is None else _measured(report, decided, model, quantized, evidence)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decided:
-    """What samples decided: where INT8 goes, and what is stored of its layers."""
-
-    placement: Placement
-    weights: dict[str, Stored]
-    sensitivity: Sensitivity | None
-    correction: Correction | None
-    warnings: tuple[str, ...]
-
-
-def _decide(draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], evidence: Evidence) -> _Decided:
-    """Leave in float what INT8 damages too much, and correct the rest."""
-    sensitivity, correction, weights = None, None, {}
-    warnings = []
-    try:
-        sensitivity = measure_sensitivity(draft, evidence)
-        if sensitivity.kept:
-            draft = dataclasses.replace(draft, placement=place_again(_damaged(sensitivity)))
-    except QuantizationError as error:
-        if evidence.rank or evidence.keep_worst:
-            raise
-        warnings.append(f"layers were not ranked by damage: {error.message}")
-    try:
-        weights, correction = correct(draft, evidence) if evidence.correct else ({}, None)
-    except QuantizationError as error:
-        warnings.append(f"weights were not corrected on the samples: {error.message}")
-    return _Decided(draft.placement, weights, sensitivity, correction, tuple(warnings))
-
-
 def _measured(
-    report: QuantReport, decided: _Decided | None, model: onnx.ModelProto, quantized: onnx.ModelProto,
+    report: QuantReport, decided: Decided | None, model: onnx.ModelProto, quantized: onnx.ModelProto,
     evidence: Evidence,
 ) -> QuantReport:  # fmt: skip
     """The report with what was seen on samples."""
@@ -277,12 +247,6 @@ def _measured(
     told = (*report.warnings, *decided.warnings)
     found, done = decided.sensitivity, decided.correction
     return dataclasses.replace(report, drift=drift, sensitivity=found, correction=done, warnings=told)
-
-
-def _damaged(found: Sensitivity) -> dict[str, str]:
-    """The layers to leave in float because INT8 damages them most, and the damage as the reason."""
-    damage = {layer.layer: layer.sqnr_db for layer in found.layers}
-    return {name: f"INT8 leaves {damage[name]:.1f} dB of the outputs by this layer alone" for name in found.kept}
 
 
 def _even(

@@ -28,7 +28,7 @@ _NAMED = 3
 # Few samples and no integer kernels: predictions were seen to be up to 3.4 dB better than the file that was written.
 _DOUBT_DB = 4.0
 # Decibels that a layer left in float is to bring: it computes slower.
-_WORTH_DB = 0.25
+WORTH_DB = 0.25
 _SWITCHES = "relu_deploy/switches"
 
 
@@ -60,8 +60,13 @@ class Sensitivity:
     samples: int
     before_db: float
     after_db: float
-    layers: tuple[Damage, ...]
-    kept: tuple[str, ...]
+    layers: tuple[Damage, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+def aim_of(evidence: Evidence) -> float:
+    """Signal over noise, decibels, from which on outputs need no help."""
+    return max(GOOD_DB, evidence.floor_db + _DOUBT_DB)
 
 
 def measure_sensitivity(draft: Draft, evidence: Evidence) -> Sensitivity:
@@ -77,12 +82,12 @@ def measure_sensitivity(draft: Draft, evidence: Evidence) -> Sensitivity:
     Raises:
         QuantizationError: the network does not run.
     """
-    aim = max(GOOD_DB, evidence.floor_db + _DOUBT_DB)
+    aim = aim_of(evidence)
     try:
         switched = Switched(draft, evidence.first(DECIDING))
         before = switched.sqnr(switched.without(()), DECIDING)
         if before >= aim and not evidence.rank and not evidence.keep_worst:
-            return Sensitivity(switched.samples, before, before, (), ())
+            return Sensitivity(switched.samples, before, before)
         found = _ranked(switched, draft, evidence.progress)
         kept, after = _kept(switched, [damage.layer for damage in found], before, aim, draft, evidence.keep_worst)
     except RUNTIME_ERRORS as error:
@@ -110,13 +115,13 @@ def _kept(
     weighted = _with_weights(draft)
     most = min(max(least, int(MOST_FLOAT * weighted) - (weighted - len(ranked))), len(ranked))
     after = switched.sqnr(switched.without(ranked[:least]), DECIDING) if least else before
-    best, reached, value = least, after, after - _WORTH_DB * least
+    best, reached, value = least, after, after - WORTH_DB * least
     for count in range(least + 1, most + 1):
         if after >= aim:
             break
         after = switched.sqnr(switched.without(ranked[:count]), DECIDING)
-        if after - _WORTH_DB * count > value:
-            best, reached, value = count, after, after - _WORTH_DB * count
+        if after - WORTH_DB * count > value:
+            best, reached, value = count, after, after - WORTH_DB * count
     return list(ranked[:best]), reached
 
 

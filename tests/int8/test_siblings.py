@@ -15,7 +15,7 @@ from calib.run import calibrate
 from calib.session import open_session
 from calib.sources import open_source
 from relu_deploy import graph as files
-from relu_deploy.int8 import run
+from relu_deploy.int8 import decide
 from relu_deploy.int8.cheaper import DEPTHWISE, cheaper_in_half
 from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.formats import number_format
@@ -195,7 +195,7 @@ def test_siblings_stay_whole_where_the_most_damaged_layer_is_left_in_float(monke
     source = open_source(np.random.default_rng(1).normal(size=(4, 4, 6, 6)).astype(np.float32), model_inputs(model))
     ranges = calibrate(model, source)
     worst = Sensitivity(1, 5.0, 20.0, (Damage("last", 5.0),), ("last",))
-    monkeypatch.setattr(run, "measure_sensitivity", lambda *_: worst)
+    monkeypatch.setattr(decide, "measure_sensitivity", lambda *_: worst)
     before, after = (
         quantize(model, ranges, target="tensorrt-rtx", evidence=seen)[1]
         for seen in (None, Evidence(source, correct=False))

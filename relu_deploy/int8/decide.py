@@ -1,0 +1,87 @@
+"""What samples decide right before Q/DQ are written: which layers stay in float, and what is stored of the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from relu_deploy.errors import QuantizationError
+from relu_deploy.int8.correct import Correction, correct
+from relu_deploy.int8.draft import Draft
+from relu_deploy.int8.evidence import Evidence
+from relu_deploy.int8.place import Placement
+from relu_deploy.int8.sensitivity import WORTH_DB, Sensitivity, aim_of, measure_sensitivity
+from relu_deploy.int8.store import Stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What was decided.
+
+    Attributes:
+        placement: Where INT8 goes.
+        weights: Layer -> what is stored of it, where that is not simply the nearest codes.
+        sensitivity: Layers by damage; None where they could not be ranked.
+        correction: None where weights were not to be corrected, or could not be.
+        warnings: What could not be done, and why.
+    """
+
+    placement: Placement
+    weights: dict[str, Stored] = dataclasses.field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    correction: Correction | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def decide(draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], evidence: Evidence) -> Decided:
+    """Correct the layers; where that is not enough leave the most damaged ones in float, if that helps.
+
+    Much of the damage that a layer does by itself is a mean error, which the biases behind it take up. So layers are
+    ranked only where the corrected network is not good, and stay in float only where the network corrected around them
+    is better by what they are worth.
+
+    Args:
+        draft: With as many INT8 layers as can be. Not changed.
+        place_again: The placement with more layers in float, each with its reason.
+        evidence: Samples, and what is asked for.
+
+    Raises:
+        QuantizationError: the layers cannot be ranked, and that was asked for.
+    """
+    whole = _corrected(draft, evidence)
+    good = whole.correction is not None and whole.correction.reached_db >= aim_of(evidence)
+    if good and whole.correction is not None and not evidence.rank and not evidence.keep_worst:
+        done = whole.correction
+        return dataclasses.replace(whole, sensitivity=Sensitivity(done.judged, done.before_db, done.before_db))
+    try:
+        found = measure_sensitivity(draft, evidence)
+    except QuantizationError as error:
+        if evidence.rank or evidence.keep_worst:
+            raise
+        told = f"layers were not ranked by damage: {error.message}"
+        return dataclasses.replace(whole, warnings=(*whole.warnings, told))
+    if found.kept and not (good and not evidence.keep_worst):
+        damage = {layer.layer: layer.sqnr_db for layer in found.layers}
+        reasons = {name: f"INT8 leaves {damage[name]:.1f} dB of the outputs by this layer alone" for name in found.kept}
+        part = _corrected(dataclasses.replace(draft, placement=place_again(reasons)), evidence)
+        if evidence.keep_worst or _is_better(part.correction, whole.correction, len(found.kept)):
+            return dataclasses.replace(part, sensitivity=found)
+    return dataclasses.replace(whole, sensitivity=dataclasses.replace(found, kept=(), after_db=found.before_db))
+
+
+def _corrected(draft: Draft, evidence: Evidence) -> Decided:
+    if not evidence.correct:
+        return Decided(draft.placement)
+    try:
+        weights, correction = correct(draft, evidence)
+    except QuantizationError as error:
+        told = f"weights were not corrected on the samples: {error.message}"
+        return Decided(draft.placement, warnings=(told,))
+    return Decided(draft.placement, weights, correction=correction)
+
+
+def _is_better(part: Correction | None, whole: Correction | None, layers: int) -> bool:
+    """Whether layers in float bring what they are worth, as far as that was measured with corrections."""
+    if part is None or whole is None:
+        return True
+    return part.reached_db > whole.reached_db + WORTH_DB * layers
