@@ -85,6 +85,5 @@ def test_a_network_that_cannot_be_ranked_says_so(monkeypatch, options):
         return
     found = module.decide(FakeDraft(), frozenset, Evidence([]))
     assert found.placement == frozenset()
-    assert found.warnings == (
-        "weights were not corrected on the samples: it does not run", "layers were not ranked by damage: it does not run"
-    )  # fmt: skip
+    why = ("weights were not corrected on the samples", "layers were not ranked by damage")
+    assert found.warnings == tuple(f"{what}: it does not run" for what in why)
