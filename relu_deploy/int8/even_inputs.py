@@ -35,6 +35,8 @@ from relu_deploy.report import PassReport, Skip
 
 Bounds = dict[str, tuple[float, float]]
 _CODES = 127
+# Float16 holds it, and its inverse as a normal number.
+LARGEST_FACTOR = 4096.0
 # Every value goes to exactly one place: what stands before them is looked at.
 _SAME_VALUES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 
@@ -107,7 +109,7 @@ class _Work:
         if (factors == 1).all() and not centre.any():
             return ""
         # Any multiple of the factors is as good; this one leaves the largest value what it was.
-        factors *= max(-low.min(), high.max()) / (reach * factors).max()
+        factors = np.minimum(factors * max(-low.min(), high.max()) / (reach * factors).max(), LARGEST_FACTOR)
         self._rewrite(tensor, layers, Affine(factors, centre))
         inner = layers[0].node.inputs[0].name
         self.bounds[inner] = float(((low - centre) * factors).min()), float(((high - centre) * factors).max())

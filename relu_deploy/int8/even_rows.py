@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from calib.ranges import Ranges
+from relu_deploy.int8.even_inputs import LARGEST_FACTOR
 from relu_deploy.int8.formats import NumberFormat
 from relu_deploy.int8.fuse_noise import Array
 from relu_deploy.int8.granularity import MOST_NOISE, may_share, shared_noise, shares_scale
@@ -100,7 +101,7 @@ def row_factors(weight: np.ndarray, extent: Array) -> Array:
     rows = np.abs(weight.astype(np.float64)).reshape(weight.shape[0], -1).max(axis=1)
     wanted = np.where(rows > 0, rows.max() / np.maximum(rows, _TINY), 1.0)
     allowed = min(_ROOM * float(extent.max()), LARGEST) / np.maximum(extent, _TINY)
-    return np.asarray(np.minimum(wanted, np.maximum(allowed, 1.0)))
+    return np.asarray(np.minimum(np.minimum(wanted, LARGEST_FACTOR), np.maximum(allowed, 1.0)))
 
 
 def _extent(name: str, channels: int, ranges: Ranges, bounds: Bounds) -> Array:

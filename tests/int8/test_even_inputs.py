@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from calib.inputs import model_inputs
 from calib.ranges import Ranges
@@ -16,7 +17,7 @@ from calib.session import open_session
 from calib.sources import open_source
 from relu_deploy.graph import import_graph
 from relu_deploy.int8.drift import sqnr_db
-from relu_deploy.int8.even_inputs import EvenInputs, even_inputs
+from relu_deploy.int8.even_inputs import LARGEST_FACTOR, EvenInputs, even_inputs
 from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.formats import number_format
 from relu_deploy.int8.place import place
@@ -188,6 +189,29 @@ def test_a_dead_channel_stays_finite() -> None:
     assert found.report.changed == ("s",)
     after, before = run(gs.export_onnx(graph.cleanup()), data), run(model, data)
     np.testing.assert_allclose(after, before, rtol=0, atol=2e-6 * np.abs(before).max() * 8)
+
+
+def test_a_tiny_channel_of_a_float16_network_stays_finite() -> None:
+    """Its factor would be past what float16 holds."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float16[N, 8, 6, 6] x) => (float16[N, 8, 6, 6] y) {
+      g = Sigmoid(x) s = Mul(x, g) [c] y = Conv(s, w) }"""
+    model = onnx.parser.parse_model(text)
+    weight = np.random.default_rng(0).normal(size=(8, 8, 1, 1)).astype(np.float16)
+    weight[:, 3] = 3e4  # small as it is, it counts
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    model = onnx.shape_inference.infer_shapes(model)
+    data = IMAGES.astype(np.float16)
+    data[:, 3] *= np.float16(1e-6)
+    made, report = quantize(model, measured(model, data), target="tensorrt-rtx")
+    assert report.islands is not None
+    assert report.islands.changed == ("s",)
+    (factors,) = (numpy_helper.to_array(t) for t in made.graph.initializer if t.name == "s/even/constant")
+    assert factors.max() == LARGEST_FACTOR
+    wanted, got = run(model, data), run(made, data)
+    assert np.isfinite(got).all()
+    ratio = sqnr_db(float((wanted**2).sum()), float(((wanted - got) ** 2).sum()))
+    assert ratio is not None
+    assert ratio > 30
 
 
 def test_shared_weights_are_copied() -> None:
