@@ -10,7 +10,7 @@ from relu_deploy.int8.correct import Correction, correct
 from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.place import Placement
-from relu_deploy.int8.sensitivity import WORTH_DB, Sensitivity, aim_of, measure_sensitivity
+from relu_deploy.int8.sensitivity import DOUBT_DB, Sensitivity, aim_of, measure_sensitivity
 from relu_deploy.int8.store import Stored
 
 
@@ -38,7 +38,7 @@ def decide(draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], 
 
     Much of the damage that a layer does by itself is a mean error, which the biases behind it take up. So layers are
     ranked only where the corrected network is not good, and stay in float only where the network corrected around them
-    is better by what they are worth.
+    is not worse for it.
 
     Args:
         draft: With as many INT8 layers as can be. Not changed.
@@ -64,7 +64,7 @@ def decide(draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], 
         damage = {layer.layer: layer.sqnr_db for layer in found.layers}
         reasons = {name: f"INT8 leaves {damage[name]:.1f} dB of the outputs by this layer alone" for name in found.kept}
         part = _corrected(dataclasses.replace(draft, placement=place_again(reasons)), evidence)
-        if evidence.keep_worst or _is_better(part.correction, whole.correction, len(found.kept)):
+        if evidence.keep_worst or _holds(part.correction, whole.correction):
             return dataclasses.replace(part, sensitivity=found)
     return dataclasses.replace(whole, sensitivity=dataclasses.replace(found, kept=(), after_db=found.before_db))
 
@@ -80,8 +80,10 @@ def _corrected(draft: Draft, evidence: Evidence) -> Decided:
     return Decided(draft.placement, weights, correction=correction)
 
 
-def _is_better(part: Correction | None, whole: Correction | None, layers: int) -> bool:
-    """Whether layers in float bring what they are worth, as far as that was measured with corrections."""
-    if part is None or whole is None:
-        return True
-    return part.reached_db > whole.reached_db + WORTH_DB * layers
+def _holds(part: Correction | None, whole: Correction | None) -> bool:
+    """Whether layers in float, worth it before correcting, are still no loss after it.
+
+    What biases mend on samples holds for inputs like these, what floats compute for all; so floats stay unless the
+    network without them is better by more than such measurements are off by.
+    """
+    return part is None or whole is None or part.reached_db > whole.reached_db - DOUBT_DB

@@ -35,6 +35,7 @@ from relu_deploy.int8.sensitivity import Sensitivity
 from relu_deploy.int8.settle import settle
 from relu_deploy.int8.shield import shield_float_layers
 from relu_deploy.int8.siblings import merge_siblings
+from relu_deploy.int8.spare import spare_products
 from relu_deploy.int8.tables import as_floats, stand_in, take_back, write_tables
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
@@ -224,6 +225,7 @@ def quantize(
     if number.unsigned:
         folded |= {site.name: f"a table of 256 codes for {site.channels} functions" for site in sites}
         folded |= spell_pwlu(graph, number.target).notes  # those between floats
+        spare_products(graph)
         shield_float_layers(graph)
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")

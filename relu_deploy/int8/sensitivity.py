@@ -26,9 +26,9 @@ MOST_FLOAT = 0.1
 # Layers named by an error.
 _NAMED = 3
 # Few samples and no integer kernels: predictions were seen to be up to 3.4 dB better than the file that was written.
-_DOUBT_DB = 4.0
+DOUBT_DB = 4.0
 # Decibels that a layer left in float is to bring: it computes slower.
-WORTH_DB = 0.25
+_WORTH_DB = 0.25
 _SWITCHES = "relu_deploy/switches"
 
 
@@ -66,7 +66,7 @@ class Sensitivity:
 
 def aim_of(evidence: Evidence) -> float:
     """Signal over noise, decibels, from which on outputs need no help."""
-    return max(GOOD_DB, evidence.floor_db + _DOUBT_DB)
+    return max(GOOD_DB, evidence.floor_db + DOUBT_DB)
 
 
 def measure_sensitivity(draft: Draft, evidence: Evidence) -> Sensitivity:
@@ -115,13 +115,13 @@ def _kept(
     weighted = _with_weights(draft)
     most = min(max(least, int(MOST_FLOAT * weighted) - (weighted - len(ranked))), len(ranked))
     after = switched.sqnr(switched.without(ranked[:least]), DECIDING) if least else before
-    best, reached, value = least, after, after - WORTH_DB * least
+    best, reached, value = least, after, after - _WORTH_DB * least
     for count in range(least + 1, most + 1):
         if after >= aim:
             break
         after = switched.sqnr(switched.without(ranked[:count]), DECIDING)
-        if after - WORTH_DB * count > value:
-            best, reached, value = count, after, after - WORTH_DB * count
+        if after - _WORTH_DB * count > value:
+            best, reached, value = count, after, after - _WORTH_DB * count
     return list(ranked[:best]), reached
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from relu_deploy.int8.spare import spare_products
 from relu_deploy.report import PassReport, Skip
 
 _TOUCHED = ("Conv", "ConvTranspose", "Gemm")
@@ -22,15 +21,12 @@ _TOUCHED = ("Conv", "ConvTranspose", "Gemm")
 def shield_float_layers(graph: gs.Graph) -> PassReport:
     """Give layers with float weights behind a DequantizeLinear one with equal scales for all channels.
 
-    ReLU and Clip that would keep INT8 products in float are spelled otherwise, too.
-
     Args:
         graph: Quantised for ``ort``. Edited in place.
 
     Returns:
         Changed: the layers. Skipped: those whose input has no axis of two and more entries that is known.
     """
-    spare_products(graph)
     changed: list[str] = []
     skipped: list[Skip] = []
     for node in list(graph.nodes):
