@@ -15,7 +15,9 @@ from calib.errors import message_of
 from calib.inputs import Sample, model_inputs
 from calib.runtime import RUNTIME_ERRORS
 from calib.session import open_session
+from relu_deploy import graph as files
 from relu_deploy.errors import QuantizationError
+from relu_deploy.int8.choices import chosen_tensors
 
 # Enough to see a collapse, few enough to cost less than the calibration before.
 SAMPLES = 8
@@ -58,20 +60,21 @@ def measure_drift(
             computed as ONNX defines them, in float, which stands for a compiler that is not here.
 
     Returns:
-        One entry for each output that is a float tensor.
+        One entry for each output that is a float tensor and is not chosen by values, as a list of detections is.
 
     Raises:
         QuantizationError: the quantised network does not run.
     """
-    specs = model_inputs(model)
+    specs, chosen = model_inputs(model), chosen_tensors(files.import_graph(model))
     signal: dict[str, float] = {}
     noise: dict[str, float] = {}
     worst: dict[str, float] = {}
     count = 0
     try:
         before, after = open_session(model), open_session(quantized, optimise=integer_kernels)
-        names = [output.name for output in before.get_outputs()]
-        for batch in batches(itertools.islice(source, SAMPLES), specs, batch_size=1):
+        names = [output.name for output in before.get_outputs() if output.name not in chosen]
+        some = itertools.islice(source, SAMPLES) if names else ()  # asked for nothing, a session gives everything
+        for batch in batches(some, specs, batch_size=1):
             count += len(batch.samples)
             feeds = dict(batch.feeds)
             for name, wanted, got in zip(names, before.run(names, feeds), after.run(names, feeds), strict=True):

@@ -2,8 +2,8 @@
 
 An output that puts boxes in pixels beside scores from 0 to 1 is measured part by part: of the whole, only the boxes
 would be seen. And where a classifier is sure, its probabilities are 0 and 1 whatever INT8 does, and calibration data is
-often of that kind; what decides the samples on which it is not sure is seen in front of the Softmax. Of numbers of
-classes or of tokens (ArgMax) the scores are measured that they are chosen by.
+often of that kind; what decides the samples on which it is not sure is seen in front of the Softmax. Of what is chosen
+by values (ArgMax, NonMaxSuppression) the floats are measured that it is chosen from and by.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from relu_deploy.int8.choices import chosen_tensors, comparable
 from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.drift import sqnr_db
 from relu_deploy.int8.place import MOVING_OPS
@@ -24,8 +25,6 @@ from relu_deploy.passes.edit import is_standard
 
 # ReduceMean takes its axes as an input from this opset on.
 _AXES_INPUT = 18
-# Choose by what they read first.
-_CHOICES = ("ArgMax", "ArgMin", "TopK", "Cast", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 # Past this a rounding cannot be seen at the outputs at all.
 CLEAN_DB = 200.0
 
@@ -68,7 +67,8 @@ def heads(draft: Draft) -> Heads:
     added to all scores changes nothing behind it.
     """
     graph = draft.graph.copy()
-    floats = [found for tensor in graph.outputs if (found := _scores(tensor)) is not None]
+    chosen = chosen_tensors(graph)
+    floats = [found for tensor in graph.outputs for found in comparable(tensor, chosen)]
     outputs = {id(tensor) for tensor in graph.outputs}
     parts: list[tuple[str, ...]] = []
     made: dict[str, gs.Variable] = {}
@@ -89,16 +89,6 @@ def heads(draft: Draft) -> Heads:
     graph.cleanup()
     graph.toposort()
     return Heads(graph, tuple(dict.fromkeys(parts)))
-
-
-def _scores(tensor: gs.Tensor) -> gs.Variable | None:
-    """An output, or the floats that it was chosen by; None where there are none."""
-    while tensor.dtype not in (np.float32, np.float16, np.float64):
-        node = tensor.inputs[0] if tensor.inputs else None
-        if node is None or not is_standard(node, *_CHOICES, *MOVING_OPS):
-            return None
-        tensor = node.inputs[0]
-    return tensor if isinstance(tensor, gs.Variable) else None
 
 
 def _kinds(tensor: gs.Tensor) -> list[list[gs.Tensor]]:
