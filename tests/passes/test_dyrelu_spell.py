@@ -224,6 +224,8 @@ def test_quantised_networks_keep_their_outputs(variant, pieces, target, tmp_path
     # 8 bits a layer give some 40 dB; a hyper function that lost its signal would leave under 20.
     assert drift.sqnr_db > 30
     assert count_ops(quantized).get("BatchNormalization", 0) == (2 * pieces if target == "ort" else 0)
-    assert [(site.variant, site.pieces) for site in found(quantized)] == [(variant, pieces)] * 2
-    if target == "ort":
+    sites = found(quantized)
+    assert [site.pieces for site in sites] == [pieces] * 2
+    if target == "ort":  # for TensorRT-RTX a factor in front of a quantiser may stand inside the attention's product
+        assert [site.variant for site in sites] == [variant] * 2
         assert sum("BatchNormalization" in what for what in report.folded.values()) == 2
