@@ -36,8 +36,8 @@ def accuracy_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--min-sqnr", type=click.FloatRange(min=0), metavar="DB", default=10.0, show_default=True,
         help="Signal over noise that every output is to have, with --calib; exit 1 and no file where it is not "
-        "reached. Where an output has less than this, or less than 30 dB, layers that lose the most are left in float "
-        "as long as each brings a quarter of a decibel, a tenth of them at most.",
+        "reached. Where corrected outputs have less than 30 dB, or hardly more than this, layers that INT8 damages "
+        "most are left in float, a tenth of them at most.",
     )(function)  # fmt: skip
 
 

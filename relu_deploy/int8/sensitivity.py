@@ -72,8 +72,8 @@ def aim_of(evidence: Evidence) -> float:
 def measure_sensitivity(draft: Draft, evidence: Evidence) -> Sensitivity:
     """Measure what INT8 does to the outputs; where it does harm, rank the layers and choose those to leave in float.
 
-    Harm is less than ``GOOD_DB`` at an output. Layers are then left in float, worst first, as long as each is worth its
-    time, a tenth of them at most.
+    Harm is less than ``GOOD_DB`` at an output. Layers are then left in float, a tenth of them at most, worst first:
+    those that do such harm alone, and others as long as each is worth its time.
 
     Args:
         draft: The network. Not changed.
@@ -89,7 +89,7 @@ def measure_sensitivity(draft: Draft, evidence: Evidence) -> Sensitivity:
         if before >= aim and not evidence.rank and not evidence.keep_worst:
             return Sensitivity(switched.samples, before, before)
         found = _ranked(switched, draft, evidence.progress)
-        kept, after = _kept(switched, [damage.layer for damage in found], before, aim, draft, evidence.keep_worst)
+        kept, after = _kept(switched, found, before, aim, draft, evidence.keep_worst)
     except RUNTIME_ERRORS as error:
         raise QuantizationError(f"the network does not run with switches: {message_of(error)}") from error
     return Sensitivity(switched.samples, before, after, tuple(found), tuple(kept))
@@ -106,14 +106,18 @@ def _ranked(switched: Switched, draft: Draft, progress: Progress) -> list[Damage
 
 
 def _kept(
-    switched: Switched, ranked: Sequence[str], before: float, aim: float, draft: Draft, least: int
+    switched: Switched, found: Sequence[Damage], before: float, aim: float, draft: Draft, least: int
 ) -> tuple[list[str], float]:
     """Layers to leave in float, at least ``least``, and signal over noise of the worst output then.
 
-    Of all numbers of layers that are allowed, that with the most decibels, less what each layer is to be worth.
+    Those that alone leave less than what is aimed at, as many as are allowed: with them it cannot be reached, and
+    errors that large do not add up but cover each other, so that nothing is told by taking a few of them away. From
+    there on, of all numbers that are allowed, that with the most decibels, less what each layer is to be worth.
     """
-    weighted = _with_weights(draft)
+    ranked, weighted = [damage.layer for damage in found], _with_weights(draft)
     most = min(max(least, int(MOST_FLOAT * weighted) - (weighted - len(ranked))), len(ranked))
+    if before < aim:
+        least = max(least, min(most, sum(damage.sqnr_db < aim for damage in found)))
     after = switched.sqnr(switched.without(ranked[:least]), DECIDING) if least else before
     best, reached, value = least, after, after - _WORTH_DB * least
     for count in range(least + 1, most + 1):
@@ -122,7 +126,7 @@ def _kept(
         after = switched.sqnr(switched.without(ranked[:count]), DECIDING)
         if after - _WORTH_DB * count > value:
             best, reached, value = count, after, after - _WORTH_DB * count
-    return list(ranked[:best]), reached
+    return ranked[:best], reached
 
 
 def refuse_collapse(drift: Iterable[OutputDrift], found: Sensitivity | None, floor_db: float = COLLAPSE_DB) -> None:

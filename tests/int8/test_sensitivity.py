@@ -203,3 +203,13 @@ def test_good_outputs_are_not_ranked_unless_asked():
         _, report = quantize(model, ranges, weight_bits=8, evidence=seen)
         assert report.sensitivity.before_db > GOOD_DB
         assert bool(report.sensitivity.layers) == rank == ("rank layers" in told)
+
+
+def test_layers_that_destroy_the_outputs_alone_are_all_left_in_float():
+    """One of the two that share the damage does not help while the other is there."""
+    _, report = inspected(chained(), floor_db=0)
+    found = report.sensitivity
+    alone = {layer.layer for layer in found.layers if layer.sqnr_db < GOOD_DB}
+    assert alone >= {"one", "two"}
+    assert len(found.kept) == 2, "a tenth of twenty"
+    assert set(found.kept) <= alone
