@@ -48,7 +48,7 @@ class Walk:
         return sum(value.nbytes for values in self._values.values() for value in values)
 
     def replace(self, name: str, values: Array) -> None:
-        """Change an initializer that nothing computed so far has read.
+        """Change an initializer that nothing computed so far has read; it keeps its type.
 
         Raises:
             KeyError: there is no such initializer.
@@ -57,7 +57,8 @@ class Walk:
             raise KeyError(name)
         if any(name in self._reads[at] for at in self._done):
             raise QuantizationError(f"{name} was read already")
-        self._stored[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(values), name)
+        kind = onnx.helper.tensor_dtype_to_np_dtype(self._stored[name].data_type)
+        self._stored[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(values, kind), name)
 
     def fetch(self, name: str) -> list[Array]:
         """Values of a tensor, one array a sample; computes what it depends on and was not computed yet.

@@ -173,3 +173,21 @@ def test_no_more_samples_are_on_their_way_than_memory_bears(monkeypatch):
     monkeypatch.setattr(module, "_HELD", 5 * 7 * 16 * 12 * 12 * 4)
     _, report = quantize(model, ranges, weight_bits=8, evidence=Evidence(source))
     assert report.correction.learned + report.correction.judged == 7
+
+
+def test_float16_networks_are_corrected_too():
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 19]> g (float16[N, 3, 12, 12] x) => (float16[N, 5, 12, 12] y) {'
+        "[one] a = Conv<pads = [1, 1, 1, 1]>(x, w1) r = Relu(a) [two] y = Conv(r, w2, b2) }"
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in (("w1", (16, 3, 3, 3)), ("w2", (5, 16, 1, 1)), ("b2", (5,))):
+        values = (0.5 * rng.normal(size=shape)).astype(np.float16)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    source = open_source(images(1, 24).astype(np.float16), model_inputs(model))
+    quantized, report = quantize(model, calibrate(model, source), target="tensorrt-rtx", evidence=Evidence(source))
+    assert not [warning for warning in report.warnings if "not corrected" in warning]
+    assert report.correction.layers
+    assert report.correction.reached_db >= report.correction.before_db
+    assert report.drift[0].sqnr_db > 20
+    assert {t.data_type for t in quantized.graph.initializer if "bias" in t.name} <= {onnx.TensorProto.FLOAT16}
