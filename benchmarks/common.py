@@ -32,3 +32,10 @@ def latency_ratio(ratio: Ratio) -> str:
     """How many times slower than the original, with its interval."""
     interval = f" [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}]" if ratio.high and ratio.low else ""
     return f"latency {1 / ratio.value:.2f} x{interval}"
+
+
+def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    page.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}", encoding="utf-8")

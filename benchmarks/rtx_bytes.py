@@ -35,6 +35,7 @@ from calib.ranges import Ranges
 from calib.run import calibrate
 from calib.session import open_session
 from calib.sources import open_source
+from common import put_between
 from relu_deploy import graph as files
 from relu_deploy.engines.base import BuildConfig, get_backend
 from relu_deploy.export.run import export_model
@@ -234,10 +235,7 @@ def main() -> None:
     text = f"{versions}\n\n{table(rows)}"
     print(text)
     if arguments.output is not None:
-        page = arguments.output.read_text(encoding="utf-8")
-        before, _, rest = page.partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
-        arguments.output.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+        put_between(arguments.output, MARKS, text)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from calib.inputs import model_inputs
 from calib.run import calibrate
 from calib.session import open_session
 from calib.sources import Source, open_source
+from common import put_between
 from relu_deploy import graph as files
 from relu_deploy.engines.base import BuildConfig, ShapeRange, get_backend
 from relu_deploy.int8.drift import sqnr_db
@@ -145,10 +146,7 @@ def main() -> None:
     text = "\n".join([f"`python benchmarks/rtx_depthwise.py`; {versions}.", "", *lines])
     print(text)
     if given.output is not None:
-        page = given.output.read_text(encoding="utf-8")
-        before, _, rest = page.partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
-        given.output.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+        put_between(given.output, MARKS, text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 
 from calib.ranges import Ranges
 from relu_deploy.int8.formats import NumberFormat
-from relu_deploy.int8.fuse_factors import choose_factors
+from relu_deploy.int8.fuse_factors import choose_first
 from relu_deploy.int8.fuse_noise import Array, Product, Span
 from relu_deploy.int8.granularity import shares_scale
 from relu_deploy.int8.islands import channels_of
@@ -105,7 +105,7 @@ class _Work:
         # An offset below half a code changes nothing but the constant's place among float16's small numbers.
         centre[np.abs(centre) < (high - low) / (4 * _CODES)] = 0
         reach = np.maximum(high - centre, centre - low)
-        factors = _choose(self._terms(layers, low, high, power, reach), reach)
+        factors = choose_first(self._terms(layers, low, high, power, reach), reach > 0)
         if (factors == 1).all() and not centre.any():
             return ""
         # Any multiple of the factors is as good; this one leaves the largest value what it was.
@@ -189,11 +189,3 @@ def _may_centre(layers: Sequence[Layer]) -> bool:
         if node.op == "MatMul" and layer.bias_add is None and layer.rank != 2:
             return False
     return True
-
-
-def _choose(terms: list[Product | Span], reach: Array) -> Array:
-    """Factors ``(C,)`` of the channels numbered from 0; what else is numbered stays."""
-    count = 1 + max(int(term.ids.max() if isinstance(term, Span) else term.outputs.max()) for term in terms)
-    free = np.zeros(count, dtype=bool)
-    free[: reach.size] = reach > 0
-    return choose_factors(terms, free, powers_of_two=False)[: reach.size]

@@ -99,6 +99,22 @@ class _Block:
         return _octaves(extent), _octaves(rows), _octaves(columns)
 
 
+def choose_first(terms: Sequence[Term], alive: npt.NDArray[np.bool_]) -> Array:
+    """Factors of the channels numbered from 0, any positive ones; what else the terms number stays as it is.
+
+    Args:
+        terms: As for :func:`choose_factors`.
+        alive: Which of the first channels may be scaled, ``(C,)``.
+
+    Returns:
+        float64 ``(C,)``.
+    """
+    count = 1 + max(int(term.ids.max() if isinstance(term, Span) else term.outputs.max()) for term in terms)
+    free = np.zeros(count, dtype=bool)
+    free[: alive.size] = alive
+    return choose_factors(terms, free, powers_of_two=False)[: alive.size]
+
+
 def _descend(terms: list[Term], g: Array, free: npt.NDArray[np.bool_], powers_of_two: bool) -> Array:
     """Lower the noise step by step; never returns more of it than it was given."""
     present = noise(terms, g)

@@ -24,8 +24,8 @@ import onnx_graphsurgeon as gs
 
 from calib.ranges import TensorRange
 from relu_deploy.int8.formats import NumberFormat
-from relu_deploy.int8.fuse_factors import choose_factors
-from relu_deploy.int8.fuse_noise import Array, Product, Span
+from relu_deploy.int8.fuse_factors import choose_first
+from relu_deploy.int8.fuse_noise import Array
 from relu_deploy.int8.fuse_terms import second_moments
 from relu_deploy.int8.islands_absorb import absorb, times
 from relu_deploy.int8.islands_tails import live_range
@@ -166,7 +166,7 @@ class _Work:
         self._refuse_shared(tensor)
         layers, seen = [read_layer(node) for node in readers], self._seen(name)
         low, high = np.minimum(seen.low, 0), np.maximum(seen.high, 0)
-        factors = _choose(inlet_terms(layers, low, high, seen.power, self.number), low, high)
+        factors = choose_first(inlet_terms(layers, low, high, seen.power, self.number), (low < 0) | (high > 0))
         if (factors == 1).all():
             return 0, factors.size
         for layer in layers:
@@ -228,11 +228,3 @@ def even_factors(low: Array, high: Array) -> Array:
     factors = np.ones(low.size)
     factors[alive] = chosen.min() / chosen
     return factors
-
-
-def _choose(terms: list[Product | Span], low: Array, high: Array) -> Array:
-    """Factors ``(C,)`` of the channels numbered from 0; what else is numbered stays."""
-    count = 1 + max(int(term.ids.max() if isinstance(term, Span) else term.outputs.max()) for term in terms)
-    free = np.zeros(count, dtype=bool)
-    free[: low.size] = (low < 0) | (high > 0)
-    return choose_factors(terms, free, powers_of_two=False)[: low.size]

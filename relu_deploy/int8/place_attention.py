@@ -52,7 +52,7 @@ def find_attention(graph: gs.Graph) -> Iterator[Attention]:
     """Every attention of a graph, none of whose inner tensors anything else reads."""
     outputs = {id(tensor) for tensor in graph.outputs}
     for node in graph.nodes:
-        if node.op != "MatMul" or any(isinstance(tensor, gs.Constant) for tensor in node.inputs):
+        if node.op != "MatMul" or not _live(node):
             continue
         softmax = producer_of(node.inputs[0])
         if softmax is None or softmax.op != "Softmax" or not _along_the_last_axis(softmax):

@@ -5,7 +5,7 @@ Weights and biases are initializers of known names, so that a caller can change 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -29,12 +29,8 @@ def rounded_model(draft: Draft, source: gs.Graph, weights: Mapping[str, Stored])
         weights: Of every INT8 layer.
     """
     graph = source.copy()
-    tensors, nodes = graph.tensors(), {node.name: node for node in graph.nodes}
-    for name, grid in activation_grids(draft.placement, draft.bounds, draft.number).items():
-        if name not in tensors:
-            continue
-        tensor, readers = tensors[name], draft.placement.uses[name]
-        ends = [node for node in list(tensor.outputs) if readers is None or node.name in readers]
+    nodes = {node.name: node for node in graph.nodes}
+    for tensor, grid, ends in rounded_tensors(draft, graph):
         rounded = round_tensor(graph, tensor, grid)
         for node in ends:
             node.inputs = [rounded if operand is tensor else operand for operand in node.inputs]
@@ -50,6 +46,20 @@ def rounded_model(draft: Draft, source: gs.Graph, weights: Mapping[str, Stored])
         node.attrs.pop("alpha", None)
     graph.toposort()
     return files.export_graph(graph, draft.source)
+
+
+def rounded_tensors(draft: Draft, graph: gs.Graph) -> Iterator[tuple[gs.Variable, QParams, list[gs.Node]]]:
+    """Every tensor of a graph that a quantiser will stand on, its grid, and the nodes that read what is rounded.
+
+    Args:
+        draft: Says which.
+        graph: Its graph, or a copy that computes more or less of it.
+    """
+    tensors = graph.tensors()
+    for name, grid in activation_grids(draft.placement, draft.bounds, draft.number).items():
+        if name in tensors:
+            tensor, readers = tensors[name], draft.placement.uses[name]
+            yield tensor, grid, [node for node in tensor.outputs if readers is None or node.name in readers]
 
 
 def round_tensor(graph: gs.Graph, tensor: gs.Variable, grid: QParams) -> gs.Variable:

@@ -210,14 +210,14 @@ def quantize(
         moved = even_inputs(graph, placement, fusion.ranges, bounds, number)
         evened, centres, placement = moved, moved.centres, placed(left)
     sites = take_back(graph, sites, placement)
-    decided = None
+    decided = Decided(placement)
     if evidence is not None:
         runs = as_floats(graph, sites) if sites else graph
         draft = Draft(runs, lifted, placement, bounds, number, centres)
         decided = decide(draft, lambda damaged: placed({**left, **damaged}), evidence)
         placement = decided.placement
         sites = take_back(graph, sites, placement)
-    stored = settle(graph, placement, centres, {} if decided is None else decided.weights, number)
+    stored = settle(graph, placement, centres, decided.weights, number)
     written = write(graph, placement, bounds, number, stored)
     write_tables(graph, sites, written.activations)
     files.tidy(graph)
@@ -238,14 +238,12 @@ def quantize(
 
 
 def _measured(
-    report: QuantReport, decided: Decided | None, model: onnx.ModelProto, quantized: onnx.ModelProto,
+    report: QuantReport, decided: Decided, model: onnx.ModelProto, quantized: onnx.ModelProto,
     evidence: Evidence,
 ) -> QuantReport:  # fmt: skip
     """The report with what was seen on samples."""
     integer = report.target == "ort"
     drift = measure_drift(model, quantized, evidence.first(SAMPLES), integer_kernels=integer)
-    if decided is None:
-        return dataclasses.replace(report, drift=drift)
     told = (*report.warnings, *decided.warnings)
     found, done = decided.sensitivity, decided.correction
     return dataclasses.replace(report, drift=drift, sensitivity=found, correction=done, warnings=told)

@@ -19,10 +19,9 @@ from calib.session import open_session
 from relu_deploy import graph as files
 from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.heads import heads
-from relu_deploy.int8.rounded import nearest, round_tensor
+from relu_deploy.int8.rounded import nearest, round_tensor, rounded_tensors
 from relu_deploy.int8.settle import steady
 from relu_deploy.int8.store import layer_operands
-from relu_deploy.int8.write import activation_grids
 
 _SWITCHES = "relu_deploy/switches"
 
@@ -79,22 +78,18 @@ class Switched:
     def _build(self, draft: Draft) -> onnx.ModelProto:
         graph = self._heads.graph.copy()
         switches = gs.Variable(_SWITCHES, dtype=np.bool_)
-        tensors, nodes = graph.tensors(), {node.name: node for node in graph.nodes}
+        nodes = {node.name: node for node in graph.nodes}
         first: list[gs.Node] = []
         behind: dict[int, list[gs.Node]] = {}
-        for name, grid in activation_grids(draft.placement, draft.bounds, draft.number).items():
-            if name not in tensors:  # it leads to no output that is measured
-                continue
-            tensor, readers = tensors[name], draft.placement.uses[name]
-            ends = [node for node in list(tensor.outputs) if readers is None or node.name in readers]
-            chosen = gs.Variable(f"{name}/switched", dtype=tensor.dtype, shape=tensor.shape)
+        for tensor, grid, ends in rounded_tensors(draft, graph):
+            chosen = gs.Variable(f"{tensor.name}/switched", dtype=tensor.dtype, shape=tensor.shape)
             on = gs.Graph(opset=graph.opset)
             on.outputs = [round_tensor(on, tensor, grid)]
             for node in ends:
                 node.inputs = [chosen if operand is tensor else operand for operand in node.inputs]
             maker = id(tensor.inputs[0]) if tensor.inputs else None
             place = first if maker is None else behind.setdefault(maker, [])
-            place.extend(self._switch(switches, ("tensor", name), on, _same(tensor, graph.opset), chosen))
+            place.extend(self._switch(switches, ("tensor", tensor.name), on, _same(tensor, graph.opset), chosen))
         for name, stored in nearest(draft).items():
             if name not in nodes:
                 continue

