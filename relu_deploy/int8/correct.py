@@ -32,7 +32,7 @@ from relu_deploy.int8.heads import heads
 from relu_deploy.int8.rounded import bias_name, nearest, rounded_model, weight_name
 from relu_deploy.int8.rounding import Choice, Rows, best_choice, choose_codes, errors_of
 from relu_deploy.int8.settle import offset_error
-from relu_deploy.int8.store import Stored, layer_operands, weight_axis
+from relu_deploy.int8.store import Stored, integer_bias, layer_operands, weight_axis
 from relu_deploy.int8.walk import Walk
 from relu_deploy.int8.windows import Windows, as_matrix, from_matrix, windows_of
 from relu_deploy.int8.write import activation_grids
@@ -215,7 +215,7 @@ class _Pass:
         """How far a bias may move, in steps of the weights; 0 where the layer has none of its own."""
         if self.plain[node.name].bias is None:
             return 0.0
-        return self.grids[node.inputs[0].name].scale * _BIAS_ROOM if self.draft.number.integer_bias else np.inf
+        return self.grids[node.inputs[0].name].scale * _BIAS_ROOM if integer_bias(node, self.draft.number) else np.inf
 
     def _at_outputs(self, walk: Walk) -> float:
         """Signal over noise of the worst output, on the samples that judge."""

@@ -40,7 +40,7 @@ def rounded_model(draft: Draft, source: gs.Graph, weights: Mapping[str, Stored])
         node = nodes[name]
         dtype = node.inputs[1].values.dtype
         set_input(node, 1, gs.Constant(weight_name(name), stored.weight.astype(dtype)))
-        if stored.bias is not None and (place := bias_place(node, draft.number)) is not None:
+        if stored.bias is not None and (place := bias_place(node)) is not None:
             set_input(*place, gs.Constant(bias_name(name), np.ascontiguousarray(stored.bias.astype(dtype))))
             node.attrs.pop("beta", None)
         node.attrs.pop("alpha", None)

@@ -52,28 +52,33 @@ def store(node: gs.Node, number: NumberFormat, input_scale: float) -> Stored:
         input_scale: Of what it reads, which an int32 bias is stored with.
     """
     weight, bias = layer_operands(node)
-    if node.op == "MatMul" and (place := bias_place(node, number)) is not None:
+    if node.op == "MatMul" and (place := bias_place(node)) is not None:
         bias = place[0].inputs[place[1]].values.reshape(-1)
     axis = None if shares_scale(node, number) else weight_axis(node)
     scales, dtype = weight_scales(weight, axis, number.weight_max), node.inputs[1].values.dtype
     scales = half_scales(scales) if number.half and dtype == np.float32 else scales
-    if number.integer_bias and bias is not None:
+    if bias is not None and integer_bias(node, number):
         scales = widen_for_bias(scales, input_scale, bias, alive(weight, axis))
     codes = quantize_symmetric(weight, scales, axis, number.weight_max).astype(np.int8)
     return Stored(codes, scales, axis, bias)
 
 
-def bias_place(node: gs.Node, number: NumberFormat) -> tuple[gs.Node, int] | None:
+def bias_place(node: gs.Node) -> tuple[gs.Node, int] | None:
     """Where the bias of a layer is, or would be: a node and the position of its operand; None where there is no place.
 
-    That of a product of matrices is the constant vector that an Add behind it adds, where the target has float biases.
+    That of a product of matrices is the constant vector that an Add behind it adds.
     """
     if node.op != "MatMul":
         return node, 2
-    add = None if number.integer_bias else bias_behind(node, set())
+    add = bias_behind(node, set())
     if add is None:
         return None
     return add, next(at for at, tensor in enumerate(add.inputs) if tensor is not node.outputs[0])
+
+
+def integer_bias(node: gs.Node, number: NumberFormat) -> bool:
+    """Whether the bias of a layer is stored as int32; the Add behind a product of matrices computes in float."""
+    return number.integer_bias and node.op != "MatMul"
 
 
 def weight_axis(node: gs.Node) -> int | None:

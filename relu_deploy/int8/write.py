@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, quantize_symmetric
 from relu_deploy.int8.place import Placement, clip_bounds, is_clipping
-from relu_deploy.int8.store import Stored, alive, bias_place, store, weight_axis
+from relu_deploy.int8.store import Stored, alive, bias_place, integer_bias, store, weight_axis
 from relu_deploy.passes.edit import set_input
 
 _INT32 = (1 << 31) - 1
@@ -151,12 +151,12 @@ def _quantize_layer(graph: gs.Graph, node: gs.Node, stored: Stored, number: Numb
     dtype = node.inputs[1].values.dtype
     if dead := int((~alive(node.inputs[1].values, weight_axis(node))).sum()):
         written.dead_channels[node.name] = dead
-    if number.integer_bias and stored.bias is not None:
+    if stored.bias is not None and integer_bias(node, number):
         scales = np.asarray(stored.scales * np.float32(_scale_read(node)), dtype=np.float32)
         codes = quantize_symmetric(stored.bias, scales, 0, _INT32).astype(np.int32)
         bias = _dequantized(graph, f"{node.name}/bias", codes, scales, np.zeros_like(scales, dtype=np.int32), 0)
         set_input(node, 2, bias)
-    elif stored.bias is not None and (place := bias_place(node, number)) is not None:
+    elif stored.bias is not None and (place := bias_place(node)) is not None:
         set_input(*place, gs.Constant(f"{node.name}/bias", stored.bias.astype(dtype)))
     node.attrs.pop("alpha", None)  # they are in what is stored
     if stored.bias is not None:
