@@ -66,14 +66,14 @@ def store(node: gs.Node, number: NumberFormat, input_scale: float) -> Stored:
 def bias_place(node: gs.Node) -> tuple[gs.Node, int] | None:
     """Where the bias of a layer is, or would be: a node and the position of its operand; None where there is no place.
 
-    That of a product of matrices is the constant vector that an Add behind it adds.
+    That of a product of matrices is the constant vector that an Add behind it adds, also where Q/DQ are in between.
     """
     if node.op != "MatMul":
         return node, 2
-    add = bias_behind(node, set())
+    add = bias_behind(node, set(), past=("QuantizeLinear", "DequantizeLinear"))
     if add is None:
         return None
-    return add, next(at for at, tensor in enumerate(add.inputs) if tensor is not node.outputs[0])
+    return add, next(at for at, tensor in enumerate(add.inputs) if isinstance(tensor, gs.Constant))
 
 
 def integer_bias(node: gs.Node, number: NumberFormat) -> bool:

@@ -7,6 +7,7 @@ once to the type of the weights.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -113,20 +114,28 @@ def read_layer(node: gs.Node, bias_add: gs.Node | None = None) -> Layer:
     return Layer(node, bias_add, weight, _bias(node, bias_add, weight))
 
 
-def bias_behind(node: gs.Node, pinned: set[str]) -> gs.Node | None:
-    """The Add of a constant vector behind a MatMul with constant weights, where nothing else reads the product."""
+def bias_behind(node: gs.Node, pinned: set[str], *, past: Sequence[str] = ()) -> gs.Node | None:
+    """The Add of a constant vector behind a MatMul with constant weights, where nothing else reads the product.
+
+    Args:
+        node: The MatMul, or another node.
+        pinned: Names of tensors that have to stay.
+        past: Operators that may stand between the two.
+    """
     if not is_standard(node, "MatMul") or len(node.outputs) != 1:
         return None
-    product = node.outputs[0]
+    product, weight = node.outputs[0], node.inputs[1]
+    while len(product.outputs) == 1 and product.name not in pinned and is_standard(product.outputs[0], *past):
+        product = product.outputs[0].outputs[0]
     if len(product.outputs) != 1 or product.name in pinned:
         return None
-    add, weight = product.outputs[0], node.inputs[1]
+    add = product.outputs[0]
     if not is_standard(add, "Add") or not isinstance(weight, gs.Constant) or len(weight.shape) != 2:
         return None
     values = float_values(add.inputs[1] if add.inputs[0] is product else add.inputs[0])
     if values is None or values.shape[-1:] != (weight.shape[1],) or values.size != weight.shape[1]:
         return None
-    shape = dims(product) or dims(node.inputs[0])
+    shape = dims(node.outputs[0]) or dims(node.inputs[0])
     return add if values.ndim == 1 or (shape is not None and values.ndim <= len(shape)) else None
 
 

