@@ -118,7 +118,7 @@ def split_samples(columns: Mapping[str, Column], specs: Iterable[InputSpec], ori
 
     How the sample axis is recognised, per input of rank r: an array of rank r has samples on axis 0 (the batch axis);
     of rank r - 1 it is one sample; of rank r + 1 axis 0 counts complete inputs. An array of rank 0 for a rank-0 input
-    is the same for every sample.
+    is the same for every sample. Arrays that are one complete feed (see :func:`is_one_feed`) are one sample.
 
     Args:
         columns: By input name; names beyond the network's inputs (labels, say) are ignored.
@@ -130,6 +130,9 @@ def split_samples(columns: Mapping[str, Column], specs: Iterable[InputSpec], ori
     """
     specs = tuple(specs)
     total = count_samples(columns, specs, origin)
+    if is_one_feed(columns, specs):
+        yield Sample({spec.name: fit(spec, columns[spec.name].read(), origin) for spec in specs}, origin, whole=True)
+        return
     readers = {spec.name: _rows(spec, columns[spec.name], total) for spec in specs}
     whole = any(is_whole(spec, len(columns[spec.name].shape)) for spec in specs)
     for index in range(total):
@@ -142,6 +145,8 @@ def count_samples(columns: Mapping[str, Column], specs: Iterable[InputSpec], ori
     """How many samples stored arrays hold; names, types and shapes are checked. Raises: as :func:`split_samples`."""
     specs = tuple(specs)
     check_names(columns, specs, origin)
+    if is_one_feed(columns, specs):
+        return 1
     counts: dict[str, int] = {}
     for spec in specs:
         column = columns[spec.name]
@@ -150,11 +155,34 @@ def count_samples(columns: Mapping[str, Column], specs: Iterable[InputSpec], ori
         if count is not None:
             counts[spec.name] = count
     if len(set(counts.values())) > 1:
-        raise DataError(f"{origin} has different numbers of samples for its inputs: {counts}")
+        raise DataError(
+            f"{origin} has different numbers of samples for its inputs: {counts}",
+            hint="where axis 0 of an input is no batch axis, give complete inputs: arrays of shape (samples, *shape of "
+            "the input)",
+        )
     total = next(iter(counts.values()), 1)
     if not total:
         raise DataError(f"{origin} is empty: it holds no sample", hint="calibration needs at least one sample")
     return total
+
+
+def is_one_feed(columns: Mapping[str, Column], specs: Iterable[InputSpec]) -> bool:
+    """Whether arrays are, as they are, what the network is fed once, though their lengths differ.
+
+    So it is where axis 0 of an input is no batch axis, as in the state of a recurrent network, which has its layers
+    there. The network must fix that axis, and all that it leaves open must have one length: else it is a mistake.
+    """
+    lengths: set[int] = set()
+    fixed: set[int] = set()
+    for spec in specs:
+        found = columns[spec.name].shape
+        if spec.shape is None or len(found) != len(spec.shape):
+            return False
+        if any(want not in (None, got) for want, got in zip(spec.shape, found, strict=True)) or 0 in found:
+            return False
+        if found:
+            (lengths if spec.shape[0] is None else fixed).add(found[0])
+    return len(lengths) <= 1 < len(lengths | fixed)
 
 
 def is_whole(spec: InputSpec, rank: int) -> bool:

@@ -144,6 +144,60 @@ def test_different_sample_counts_are_refused():
     assert "different numbers of samples" in message
 
 
+STATE = InputSpec("state", F32, (2, None, 8))
+RATE = InputSpec("rate", np.dtype("int64"), ())
+
+
+@pytest.mark.parametrize(("batch", "chunk"), [(1, (None, 16)), (3, (None, 16)), (3, (3, 16))])
+def test_the_state_of_a_recurrent_network_makes_a_file_one_feed(tmp_path, batch, chunk):
+    specs = [InputSpec("x", F32, chunk), STATE, RATE]
+    for number in range(4):
+        x, state = RNG.standard_normal((batch, 16), np.float32), RNG.standard_normal((2, batch, 8), np.float32)
+        np.savez(tmp_path / f"{number}.npz", x=x, state=state, rate=np.array(16000))
+    source = open_source(tmp_path, specs)
+    samples = list(source)
+    assert source.length == len(samples) == 4
+    assert all(sample.whole for sample in samples)
+    with np.load(tmp_path / "3.npz") as stored:
+        assert all(np.array_equal(stored[name], samples[3].feeds[name]) for name in ("x", "state", "rate"))
+
+
+@pytest.mark.parametrize(
+    ("x", "state"),
+    [((2, 16), (2, 2, 8)), ((5, 16), (3, 1, 8)), ((5, 16), (2, 1, 9)), ((5, 16), (2, 0, 8))],
+)
+def test_what_is_no_feed_of_one_state_is_not_taken_for_one(x, state):
+    """Equal lengths are samples side by side as ever; an extent that the network does not take is an error."""
+    data = {"x": np.ones(x, np.float32), "state": np.ones(state, np.float32)}
+    specs = [InputSpec("x", F32, (None, 16)), STATE]
+    if x[0] == state[0] == 2:
+        assert [sample.whole for sample in open_source(data, specs)] == [False, False]
+    else:
+        refused(data, specs)
+
+
+def test_open_axes_of_different_lengths_are_no_feed():
+    specs = [InputSpec("x", F32, (None, 16)), InputSpec("y", F32, (None, 4)), STATE]
+    data = {
+        "x": np.ones((5, 16), np.float32),
+        "y": np.ones((4, 4), np.float32),
+        "state": np.ones((2, 5, 8), np.float32),
+    }
+    assert "different numbers of samples" in refused(data, specs)
+
+
+def test_nan_in_a_state_is_named():
+    state = np.ones((2, 1, 8), np.float32)
+    state[1, 0, 3] = np.nan
+    assert "input 'state' contains NaN" in refused(
+        {"x": np.ones((1, 16), np.float32), "state": state},
+        [
+            InputSpec("x", F32, (None, 16)),
+            STATE,
+        ],
+    )
+
+
 def test_unnamed_data_for_two_inputs_is_refused(tmp_path):
     assert "the model has 2 inputs: x, ids" in refused(save(tmp_path / "x.npy", DATA), [IMAGE, TOKENS])
 
