@@ -10,7 +10,7 @@ from relu_deploy.int8.correct import Correction, correct
 from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.place import Placement
-from relu_deploy.int8.sensitivity import DOUBT_DB, Sensitivity, aim_of, measure_sensitivity
+from relu_deploy.int8.sensitivity import DOUBT_DB, Sensitivity, aim_of, enough_floats, measure_sensitivity
 from relu_deploy.int8.store import Stored
 
 
@@ -60,13 +60,40 @@ def decide(draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], 
             raise
         told = f"layers were not ranked by damage: {error.message}"
         return dataclasses.replace(whole, warnings=(*whole.warnings, told))
+    plain = dataclasses.replace(whole, sensitivity=dataclasses.replace(found, kept=(), after_db=found.before_db))
     if found.kept and not (good and not evidence.keep_worst):
-        damage = {layer.layer: layer.sqnr_db for layer in found.layers}
-        reasons = {name: f"INT8 leaves {damage[name]:.1f} dB of the outputs by this layer alone" for name in found.kept}
-        part = _corrected(dataclasses.replace(draft, placement=place_again(reasons)), evidence)
+        part = _around(draft, found, place_again, evidence)
         if evidence.keep_worst or _holds(part.correction, whole.correction):
-            return dataclasses.replace(part, sensitivity=found)
-    return dataclasses.replace(whole, sensitivity=dataclasses.replace(found, kept=(), after_db=found.before_db))
+            return _saved(part, draft, place_again, evidence)
+    return _saved(plain, draft, place_again, evidence)
+
+
+def _around(
+    draft: Draft, found: Sensitivity, place_again: Callable[[Mapping[str, str]], Placement], evidence: Evidence
+) -> Decided:
+    """The network corrected around the layers that are to stay in float."""
+    damage = {layer.layer: layer.sqnr_db for layer in found.layers}
+    reasons = {name: f"INT8 leaves {damage[name]:.1f} dB of the outputs by this layer alone" for name in found.kept}
+    part = _corrected(dataclasses.replace(draft, placement=place_again(reasons)), evidence)
+    return dataclasses.replace(part, sensitivity=found)
+
+
+def _saved(
+    decided: Decided, draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], evidence: Evidence
+) -> Decided:
+    """More layers in float, where outputs would be refused otherwise: a file that works is worth more than none."""
+    found, done = decided.sensitivity, decided.correction
+    if found is None or (found.after_db if done is None else done.reached_db) >= evidence.floor_db + DOUBT_DB:
+        return decided
+    more = enough_floats(draft, found, evidence) if evidence.floor_db > 0 else None
+    if more is None:
+        return decided
+    told = (
+        f"INT8 destroys the outputs unless these layers stay in float: {', '.join(more.kept)} (at least "
+        f"{evidence.floor_db:g} dB are asked for); check that the samples are what the network is fed in use"
+    )
+    part = _around(draft, more, place_again, evidence)
+    return dataclasses.replace(part, warnings=(*part.warnings, told))
 
 
 def _corrected(draft: Draft, evidence: Evidence) -> Decided:

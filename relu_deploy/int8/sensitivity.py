@@ -23,6 +23,8 @@ from relu_deploy.int8.switched import Switched
 RANKING, DECIDING = 4, 8
 # At most this part of the linear layers with weights is left in float without being asked to.
 MOST_FLOAT = 0.1
+# And this part where outputs would have less than the floor otherwise, which is refused.
+MOST_TO_SAVE = 0.5
 # Layers named by an error.
 _NAMED = 3
 # Few samples and no integer kernels: predictions were seen to be up to 3.4 dB better than the file that was written.
@@ -93,6 +95,29 @@ def measure_sensitivity(draft: Draft, evidence: Evidence) -> Sensitivity:
     except RUNTIME_ERRORS as error:
         raise QuantizationError(f"the network does not run with switches: {message_of(error)}") from error
     return Sensitivity(switched.samples, before, after, tuple(found), tuple(kept))
+
+
+def enough_floats(draft: Draft, found: Sensitivity, evidence: Evidence) -> Sensitivity | None:
+    """The fewest layers in float, worst first, with which the outputs are clear of the floor; None: half are too few.
+
+    Some networks have a few layers that no 8-bit code bears, such as a spectrum of sound computed by convolutions.
+
+    Args:
+        draft: The network. Not changed.
+        found: Its layers by damage.
+        evidence: Samples, and the floor.
+    """
+    ranked, weighted = [damage.layer for damage in found.layers], _with_weights(draft)
+    most = int(MOST_TO_SAVE * weighted) - (weighted - len(ranked))
+    try:
+        switched = Switched(draft, evidence.first(DECIDING))
+        for count in range(len(found.kept) + 1, most + 1):
+            after = switched.sqnr(switched.without(ranked[:count]), DECIDING)
+            if after >= evidence.floor_db + DOUBT_DB:
+                return dataclasses.replace(found, kept=tuple(ranked[:count]), after_db=after)
+    except RUNTIME_ERRORS as error:
+        raise QuantizationError(f"the network does not run with switches: {message_of(error)}") from error
+    return None
 
 
 def _ranked(switched: Switched, draft: Draft, progress: Progress) -> list[Damage]:

@@ -19,6 +19,7 @@ from calib.session import open_session
 from relu_deploy import graph as files
 from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.heads import heads
+from relu_deploy.int8.placement import MOVING_OPS
 from relu_deploy.int8.rounded import nearest, round_tensor, rounded_tensors
 from relu_deploy.int8.settle import steady
 from relu_deploy.int8.store import layer_operands
@@ -50,20 +51,22 @@ class Switched:
     def of_layer(self, name: str) -> npt.NDArray[np.bool_]:
         """Switches with one layer in INT8: its weights, and the tensors that it reads and makes."""
         node = next(node for node in self._draft.graph.nodes if node.name == name)
-        around = {("tensor", tensor.name) for tensor in (node.inputs[0], *_behind(node))} | {("weight", name)}
+        around = {("tensor", tensor.name) for tensor in (*_before(node), *_behind(node))} | {("weight", name)}
         return np.array([site in around for site in self.sites], dtype=bool)
 
     def without(self, layers: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Switches with all but some layers in INT8."""
+        """Switches with all but some layers in INT8: what none of the others reads is not rounded either."""
         nodes = {node.name: node for node in self._draft.graph.nodes}
         chosen = self._draft.placement.chosen - set(layers)
-        off = {("weight", name) for name in layers}
+        on = set(self.sites) - {("weight", name) for name in layers}
         for name in layers:
-            off |= {("tensor", tensor.name) for tensor in _behind(nodes[name])}
-            data = nodes[name].inputs[0]
-            if not any(reader.name in chosen for reader in data.outputs):
-                off.add(("tensor", data.name))
-        return np.array([site not in off for site in self.sites], dtype=bool)
+            for tensor in (*_behind(nodes[name])[::-1], *_before(nodes[name])):
+                moved = (out.name for node in tensor.outputs if node.op in MOVING_OPS for out in node.outputs)
+                if not any(node.name in chosen for node in tensor.outputs) and on.isdisjoint(
+                    ("tensor", m) for m in moved
+                ):
+                    on.discard(("tensor", tensor.name))
+        return np.array([site in on for site in self.sites], dtype=bool)
 
     def sqnr(self, switches: npt.NDArray[np.bool_], samples: int) -> float:
         """Signal over noise of the worst output on the first samples, decibels."""
@@ -128,6 +131,18 @@ def _same(tensor: gs.Tensor, opset: int) -> gs.Graph:
     branch = gs.Graph([gs.Node("Identity", same.name, inputs=[tensor], outputs=[same])], opset=opset)
     branch.outputs = [same]
     return branch
+
+
+def _before(node: gs.Node) -> list[gs.Variable]:
+    """What a layer reads, and what that was moved from: a quantiser stands on each of them."""
+    found = [node.inputs[0]]
+    while (
+        found[-1].inputs
+        and (maker := found[-1].inputs[0]).op in MOVING_OPS
+        and isinstance(maker.inputs[0], gs.Variable)
+    ):
+        found.append(maker.inputs[0])
+    return found
 
 
 def _behind(node: gs.Node) -> list[gs.Variable]:

@@ -22,13 +22,13 @@ from relu_deploy.int8.run import quantize
 CHANNELS = 8
 
 
-def fragile_model(share: float = 0.01) -> onnx.ModelProto:
-    """Four layers; the second adds channels that nearly cancel, so that INT8 leaves nothing."""
+def fragile_model(share: float = 0.01, *, tail: bool = True) -> onnx.ModelProto:
+    """Four layers, or two without a tail; the second adds channels that nearly cancel, so that INT8 leaves nothing."""
     rng = np.random.default_rng(0)
+    more = "[s] s = Sigmoid(b) [three] c = Conv(s, w3) [r] r = Relu(c) [four] y = Conv(r, w4)" if tail else ""
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]> g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) {'
-        "[one] a = Conv(x, w1) [two] b = Conv(a, w2) [s] s = Sigmoid(b) [three] c = Conv(s, w3) [r] r = Relu(c) "
-        "[four] y = Conv(r, w4) }"
+        f"[one] a = Conv(x, w1) [two] {'b' if tail else 'y'} = Conv(a, w2) {more} }}"
     )
     # a0 = x0 + share x1 and a1 = -0.7 x0 round differently; a0 + a1 / 0.7 is far below a step of either.
     first, second = np.zeros((CHANNELS, CHANNELS)), np.zeros((CHANNELS, CHANNELS))
@@ -81,10 +81,53 @@ def test_the_worst_are_kept_and_the_outputs_gain(fragile):
     )
 
 
-def test_no_more_than_a_tenth_is_left_in_float_unasked(fragile):
-    _, report = inspected(fragile, floor_db=190)
+@pytest.mark.parametrize("floor", [0, 6, 190])
+def test_no_more_than_a_tenth_is_left_in_float_unasked(fragile, floor):
+    """Neither where outputs are clear of the floor, nor where half of the layers in float do not lift them to it."""
+    _, report = inspected(fragile, floor_db=floor)
     assert report.sensitivity.kept == ()
     assert report.int8_layers == 4
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_the_fewest_layers_in_float_that_lift_the_outputs_to_the_floor(fragile, correct):
+    model, source, ranges = fragile
+    evidence = Evidence(source, floor_db=20, correct=correct)
+    _, report = quantize(model, ranges, target="ort", weight_bits=8, evidence=evidence)
+    assert report.sensitivity.kept == ("one", "two")
+    assert report.drift[0].sqnr_db > 24
+    assert any("unless these layers stay in float: one, two" in warning for warning in report.warnings)
+
+
+def moved_model() -> onnx.ModelProto:
+    """A layer behind what moves its input, of which one channel is a thousand times the others; and another layer."""
+    rng = np.random.default_rng(5)
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 6, 6, 8] x) => (float[N, 8, 6, 6] y) {'
+        "[t] a = Transpose<perm = [0, 3, 1, 2]>(x) [one] b = Conv(a, w1) [r] c = Relu(b) [two] y = Conv(c, w2) }"
+    )
+    first = rng.normal(size=(8, 8, 1, 1))
+    first[:, 0] = 0  # all that the large channel does is to make the steps wide
+    for name, values in (("w1", first), ("w2", rng.normal(size=(8, 8, 1, 1)))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values.astype(np.float32), name))
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_layer_in_float_reads_floats_past_what_moves_its_input(keep):
+    model = moved_model()
+    data = np.random.default_rng(6).normal(size=(8, 6, 6, 8)).astype(np.float32)
+    data[..., 0] *= 1000
+    source = open_source(data, model_inputs(model))
+    evidence = Evidence(source, rank=True, correct=False, keep_worst=keep)
+    _, report = quantize(
+        model, calibrate(model, source), target="ort", weight_bits=8, channel_fusion="off", evidence=evidence
+    )
+    found = report.sensitivity
+    assert found.layers[0].layer == "one"
+    assert found.layers[0].sqnr_db < 10, "alone it reads what is rounded"
+    assert found.after_db == pytest.approx(report.drift[0].sqnr_db, abs=0.5)
+    assert (found.after_db > 30) == bool(keep)
 
 
 def test_what_is_predicted_is_what_the_file_does(fragile):
@@ -113,7 +156,7 @@ def run(files, *options):
 
 
 def test_a_collapse_is_no_file(files):
-    asked = ("--calib", str(files / "d.npy"), "--min-sqnr", "20")
+    asked = ("--calib", str(files / "d.npy"), "--min-sqnr", "60")
     failed = run(files, *asked)
     assert failed.exit_code == 1
     assert not (files / "q.onnx").exists()
@@ -121,6 +164,15 @@ def test_a_collapse_is_no_file(files):
         assert part in failed.output
     assert run(files, *asked, "--allow-collapse").exit_code == 0
     assert (files / "q.onnx").exists()
+
+
+def test_what_would_be_refused_is_written_with_more_layers_in_float(files):
+    done = run(files, "--calib", str(files / "d.npy"), "--min-sqnr", "20")
+    assert done.exit_code == 0, done.output
+    assert "INT8 destroys the outputs unless these layers stay in float: one, two (at least 20 dB" in " ".join(
+        done.output.split()
+    )
+    assert "2 of 4 linear layers" in done.output
 
 
 def test_a_number_of_layers_is_kept_and_reported(files):
@@ -141,7 +193,7 @@ def test_what_needs_data_says_so(files, options):
 
 
 def test_build_engine_refuses_a_collapse(tmp_path):
-    model = fragile_model(1e-4)
+    model = fragile_model(1e-4, tail=False)
     plan = Int8Plan(open_source(DATA, model_inputs(model)), weight_bits=8)
     with pytest.raises(CheckFailedError, match="INT8 destroys the outputs: y"):
         build_engine(model, tmp_path / "e.onnx", BuildConfig("ort"), int8=plan)
