@@ -22,9 +22,10 @@ _ELEMENTWISE = (
     "Sub", "Swish", "Tanh", "ThresholdedRelu", "Upsample", "Where",
 )  # fmt: skip
 _KEEPS_INFINITY = (
-    "Add", "Cast", "Concat", "Expand", "Identity", "Max", "Min", "Reshape", "Slice", "Squeeze", "Tile",
-    "Transpose", "Unsqueeze", "Where",
+    "Add", "Cast", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Max", "Min",
+    "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
 )  # fmt: skip
+_ENDS_INFINITY = ("ArgMax", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "LogSoftmax", "Softmax")
 _POSITIVE = ("Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt")
 _KEEPS_SIGN = (
     "AveragePool", "Cast", "Dropout", "Expand", "Flatten", "Gather", "GlobalAveragePool", "GlobalMaxPool", "Identity",
@@ -83,14 +84,17 @@ def uses(node: onnx.NodeProto) -> Iterator[str]:
             yield from (value.name for value in graph.output)
 
 
-def leads_only_to_softmax(model: onnx.ModelProto, tensor: str) -> bool:
-    """Whether a tensor ends, by ways that keep -inf as it is, in Softmax and nowhere else: an attention mask."""
+def is_mask(model: onnx.ModelProto, tensor: str) -> bool:
+    """Whether a tensor ends, by ways that keep -inf as it is, in Softmax, ArgMax or comparisons and nowhere else.
+
+    There -inf says that a place is not to be chosen, as in an attention mask or around the best of several scores.
+    """
     names, ends = {tensor}, 0
     outputs = {value.name for value in model.graph.output}
     for node in model.graph.node:
         if names.isdisjoint(uses(node)):
             continue
-        if node.op_type in ("Softmax", "LogSoftmax"):
+        if node.op_type in _ENDS_INFINITY:
             ends += 1
         elif node.op_type in _KEEPS_INFINITY:
             names.update(node.output)

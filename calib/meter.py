@@ -17,13 +17,13 @@ from calib.derived import derive
 from calib.discover import discover
 from calib.errors import CalibrationError
 from calib.fingerprint import combine, sample_hash, sketch, sketch_of, to_hex
-from calib.graph import leads_only_to_softmax, producer
+from calib.graph import is_mask, producer
 from calib.inputs import InputSpec
 from calib.observers import Observer, Wanted, widened
 from calib.ranges import EMPTY, Ranges, TensorRange
 from calib.stages import STAGE_BYTES, Stages
 
-MASK = "it holds -inf as an attention mask"
+MASK = "it holds -inf as a mask, in attention or around scores"
 # Activations of all runs at a time.
 _PARALLEL_BYTES = 1 << 29
 _Feeds = Mapping[str, NDArray[Any]]
@@ -114,7 +114,7 @@ class Meter:
             if np.isfinite(array).all():
                 continue
             what = "NaN" if np.isnan(array).any() else "Inf"
-            if what == "Inf" and not np.isposinf(array).any() and leads_only_to_softmax(self._model, name):
+            if what == "Inf" and not np.isposinf(array).any() and is_mask(self._model, name):
                 self._skipped[name] = MASK
                 return
             raise CalibrationError(

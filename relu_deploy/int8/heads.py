@@ -45,15 +45,18 @@ class Heads:
         """Signal over noise of the worst part over samples, decibels; ``-CLEAN_DB`` where it is not finite.
 
         Args:
-            wanted: Arrays of the float network by output name, for each sample.
+            wanted: Arrays of the float network by output name, for each sample. Where they hold infinity, as a mask
+                around scores does, there is nothing to be compared.
             found: Those of another one.
         """
         worst = CLEAN_DB
         for names in self.parts:
             signal, noise = 0.0, 0.0
             for (a, b), name in itertools.product(zip(wanted, found, strict=True), names):
-                signal += _power(a[name])
-                noise += _power(a[name].astype(np.float64) - b[name])
+                finite = np.isfinite(a[name])
+                exact = a[name][finite].astype(np.float64)
+                signal += _power(exact)
+                noise += _power(exact - b[name][finite])
             ratio = sqnr_db(signal, noise) if np.isfinite(noise) else -CLEAN_DB
             worst = min(worst, CLEAN_DB if ratio is None else ratio)
         return worst

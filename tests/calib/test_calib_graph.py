@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx.parser
+import pytest
 
-from calib.graph import activations, channel_axes, producer
+from calib.graph import activations, channel_axes, is_mask, producer
 from calib.ranges import Ranges, TensorRange
 from calib.summary import DeadChannels, dead_channels, widest
 
@@ -18,6 +19,23 @@ def test_activations_depend_on_an_input_also_through_subgraphs():
       y = If<then_branch = t () => (float[N] p) { p = Add(a, k) },
              else_branch = e () => (float[N] q) { q = Neg(k) }>(yes) }""")
     assert activations(model) == ["x", "c", "a", "y"]
+
+
+@pytest.mark.parametrize(("body", "expected"), [
+    ("y = Softmax(m)", True),
+    ("i = ArgMax(m) y = Cast<to = 1>(i)", True),
+    ("c = Greater(m, x) y = Cast<to = 1>(c)", True),
+    ("p = Pad(m, pads, low) g = GatherElements(p, at) y = Softmax(g) i = ArgMax(m)", True),
+    ("s, t = Split<num_outputs = 2>(m) y = Softmax(s) i = ArgMax(t)", True),
+    ("y = Exp(m) i = ArgMax(m)", False),
+    ("a = Relu(m) y = Softmax(a)", False),
+    ("y = Identity(m) i = ArgMax(m)", False),
+    ("p = Pad(m, pads, low) y = Mul(p, p)", False),
+])  # fmt: skip
+def test_a_mask_says_where_nothing_is_to_be_chosen_and_nothing_else(body, expected):
+    model = parse(f"""g (float[4, 6] x, bool[4, 6] c, float[1] low, int64[4] pads, int64[4, 6] at) => (float[N, K] y)
+    {{ m = Where(c, x, low) {body} }}""")
+    assert is_mask(model, "m") == expected
 
 
 def test_random_values_are_activations():

@@ -104,3 +104,13 @@ def test_the_worst_part_counts_and_levels_add_up():
     assert measured.worst_db([ones], [ones]) == CLEAN_DB
     assert measured.worst_db([ones], [dict(ones) | {"b1/part": np.full((2, 2), np.nan)}]) == -CLEAN_DB
     assert values.keys() == set(names)
+
+
+def test_infinity_around_scores_is_not_compared():
+    measured, _, _, _ = found("a = Tanh(x) y = Mul(a, u)", "float[2, 4, 6] y")
+    exact = np.array([3.0, 4.0, -np.inf])
+    near = exact + np.array([0.3, 0.4, 0.0])
+    assert measured.worst_db([{"y/part": exact}], [{"y/part": near}]) == pytest.approx(20)
+    assert measured.worst_db([{"y/part": exact}], [{"y/part": np.array([3.0, 4.0, 7.0])}]) == CLEAN_DB
+    assert measured.worst_db([{"y/part": exact}], [{"y/part": np.array([np.nan, 4.0, -np.inf])}]) == -CLEAN_DB
+    assert measured.worst_db([{"y/part": exact}], [{"y/part": np.array([-np.inf, 4.0, -np.inf])}]) == -CLEAN_DB
