@@ -89,8 +89,8 @@ def _saved(
     if more is None:
         return decided
     told = (
-        f"INT8 destroys the outputs with fewer than {len(more.kept)} layers in float (at least {evidence.floor_db:g} dB "
-        "are asked for); check that the samples are what the network is fed in use"
+        f"INT8 destroys the outputs with fewer than {len(more.kept)} layers in float (at least {evidence.floor_db:g} "
+        "dB are asked for); check that the samples are what the network is fed in use"
     )
     part = _around(draft, more, place_again, evidence)
     return dataclasses.replace(part, warnings=(*part.warnings, told))
