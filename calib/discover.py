@@ -12,9 +12,10 @@ import onnx
 from onnx import helper
 
 from calib.batches import Batch
+from calib.blocks import in_blocks
 from calib.derived import Derived, derivable
 from calib.errors import CalibrationError
-from calib.graph import activations, channel_axes, shaped_only
+from calib.graph import activations, channel_axes, mixes_samples, shaped_only, unused_prefix
 from calib.inputs import InputSpec
 from calib.model import opset
 from calib.observers import Tensor
@@ -38,6 +39,10 @@ class Found:
         types: Of all activations, as the runtime calls them.
         skipped: Activations of other float types, with the reason.
         derived: Those of ``tensors`` that need not be looked at, and what they follow from.
+        shapes: Of all that nodes make, as the runtime inferred them: extents, names or None. No axes: not known.
+        planes: Float32 tensors of four axes, derived or not.
+        blocks: Numbers of channels of those that the runtime can keep in blocks, that are not derived, and that have
+            the inputs' N.
     """
 
     tensors: tuple[Tensor, ...]
@@ -45,6 +50,9 @@ class Found:
     types: Mapping[str, str]
     skipped: Mapping[str, str]
     derived: Mapping[str, Derived]
+    shapes: Mapping[str, Sequence[Any]]
+    planes: frozenset[str]
+    blocks: Mapping[str, int]
 
 
 def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch) -> Found:
@@ -67,10 +75,19 @@ def discover(model: onnx.ModelProto, specs: tuple[InputSpec, ...], first: Batch)
     tensors = tuple(Tensor(n, floats[n], len(shapes[n]), axes[n], n in shared) for n in wanted)
     sizes = {t.name: math.prod(shapes[t.name]) * np.dtype(t.dtype).itemsize for t in tensors}
     skipped = {n: f"its type is {_OTHER_FLOATS[kind]}" for n, kind in types.items() if kind in _OTHER_FLOATS}
-    fixed = {name for name, found in made.items() if _is_fixed(found[1], batch=_batch_names(model))}
+    batch = _batch_names(model)
+    fixed = {name for name, found in made.items() if _is_fixed(found[1], batch=batch)}
     fixed |= {name for name, spec in fed.items() if spec.shape is not None and _is_fixed(spec.shape, batch={None})}
     derived = derivable(model, {t.name: t for t in tensors}, fixed)
-    return Found(tensors, sizes, types, skipped, derived)
+    planes = {t.name: made[t.name][1] for t in tensors if t.name in made and t.rank == 4 and t.dtype == "float32"}
+    channels = {n: s[1] for n, s in planes.items() if len(s) == 4 and type(s[1]) is int and s[1] > 0}
+    extents = batch | {shapes[name][0] for name in fed if shapes.get(name)}
+    # Extents that depend on values may be 0.
+    sure = {n for n in channels if planes[n][0] in extents and (n in fixed or not mixes_samples(model))}
+    sure.intersection_update(in_blocks(model, channels, shapes))
+    blocks = {t.name: channels[t.name] for t in tensors if t.name in sure and t.axis == 1 and t.name not in derived}
+    inferred = {name: shape for name, (_, shape) in made.items()}
+    return Found(tensors, sizes, types, skipped, derived, inferred, frozenset(planes), blocks)
 
 
 def _is_fixed(shape: Sequence[Any], *, batch: set[Any]) -> bool:
@@ -137,9 +154,7 @@ def _seen(
     """Extents as they are in a run; the tensors themselves are freed as the network runs."""
     if not names:
         return {}
-    prefix = "calib"
-    while any(name.startswith(prefix) for node in model.graph.node for name in node.output):
-        prefix += "_"
+    prefix = unused_prefix(model)
     outputs = [f"{prefix}/{index}/shape" for index in range(len(names))]
     nodes = [helper.make_node("Shape", [name], [out]) for name, out in zip(names, outputs, strict=True)]
     looking = with_outputs(model, outputs, nodes)

@@ -156,7 +156,7 @@ def sample_hash(feeds: Mapping[str, NDArray[Any]]) -> int:
     for name in sorted(feeds):
         array = np.asarray(feeds[name])
         digest.add(name, array.dtype.name, array.ndim, *array.shape)
-        digest.add(_little(array).tobytes())
+        digest.add(np.ascontiguousarray(_little(array)).reshape(-1).view(np.uint8).data)
     return int(digest.hex(), 16)
 
 

@@ -64,6 +64,17 @@ def activations(model: onnx.ModelProto) -> list[str]:
     return names
 
 
+def unused_prefix(model: onnx.ModelProto) -> str:
+    """A beginning that no tensor of the network has, for the names of tensors that are added to it."""
+    names = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    names.update(tensor.name for tensor in model.graph.initializer)
+    names.update(value.name for value in (*model.graph.input, *model.graph.output))
+    prefix = "calib"
+    while any(name.startswith(prefix) for name in names):
+        prefix += "_"
+    return prefix
+
+
 def producer(model: onnx.ModelProto, tensor: str) -> str:
     """Say where a tensor comes from."""
     for node in model.graph.node:

@@ -19,9 +19,11 @@ from calib.errors import CalibrationError
 from calib.fingerprint import combine, sample_hash, sketch, sketch_of, to_hex
 from calib.graph import is_mask, producer
 from calib.inputs import InputSpec
+from calib.network import Network
 from calib.observers import Observer, Wanted, widened
+from calib.pooled import Extremes
 from calib.ranges import EMPTY, Ranges, TensorRange
-from calib.stages import STAGE_BYTES, Stages
+from calib.stages import STAGE_BYTES
 
 MASK = "it holds -inf as a mask, in attention or around scores"
 # Activations of all runs at a time.
@@ -61,11 +63,13 @@ class Meter:
         wanted = Wanted(settings.method != "max", settings.channels)
         self._order, self._derived = [tensor.name for tensor in found.tensors], found.derived
         self._observers = {t.name: Observer(t, wanted) for t in found.tensors if t.name not in found.derived}
-        made = [name for name in self._observers if name not in self._fed]
         # Two runs of one thread each are quicker than one of two, which wait for each other at every operator.
         needed = min(sum(found.sizes[name] for name in self._observers), STAGE_BYTES)
         self.workers = max(1, min(threads, _PARALLEL_BYTES // max(needed, 1), threads if runs is None else runs))
-        self._stages = Stages(model, made, found.sizes, found.types, threads=threads // self.workers)
+        self._network = Network(
+            model, found, self._observers.keys() - self._fed, pool=not wanted.histogram, threads=threads // self.workers
+        )
+        self._extremes = Extremes(self._network.pooled)
         self.samples, self._data = 0, 0
         self._sketch: tuple[str, ...] = ()
         self._lock = threading.Lock()
@@ -93,24 +97,47 @@ class Meter:
     def _run(self, batch: Batch, feeds: _Feeds, samples: int, *, copies: int = 1) -> None:
         """Run the network once and update the observers."""
         for name, value in self._values(feeds, batch.samples[0].origin):
-            if not value.size:
-                continue
-            observer, values = self._observers[name], widened(value)
-            low, high = observer.extremes(values)
-            if np.isfinite(low).all() and np.isfinite(high).all():
-                observer.update(values, (low, high), samples, copies=copies)
-            elif self._skipped.get(name) != MASK or np.isnan(low).any() or np.isposinf(high).any():
-                self._examine(batch, name)
+            if name == self._network.extremes:
+                if not np.isfinite(value).all():
+                    self._examine(batch, feeds, self._extremes.not_finite(value))
+                self._extremes.update(value, samples)
+            elif value.size:
+                observer, values = self._observers[name], widened(value)
+                low, high = observer.extremes(values)
+                if np.isfinite(low).all() and np.isfinite(high).all():
+                    observer.update(values, (low, high), samples, copies=copies)
+                elif self._is_fault(name, low, high):
+                    self._examine(batch, feeds, [name])
 
     def _values(self, feeds: _Feeds, what: str) -> Iterator[tuple[str, NDArray[Any]]]:
-        """All measured tensors, in the network's order."""
+        """All that is looked at of a run."""
         yield from ((name, feeds[name]) for name in self._observers if name in self._fed)
-        yield from self._stages.run(feeds, what)
+        yield from self._network.run(feeds, what)
 
-    def _examine(self, batch: Batch, name: str) -> None:
-        """Name the sample in which a tensor, the first of the batch to do so, is not finite; or skip a mask."""
+    def _is_fault(self, name: str, *values: NDArray[Any]) -> bool:
+        """Whether values of a tensor are none that it may have: finite, or -inf where it is a mask."""
+        if self._skipped.get(name) == MASK:
+            return any(bool(np.isnan(array).any() or np.isposinf(array).any()) for array in values)
+        return not all(np.isfinite(array).all() for array in values)
+
+    def _examine(self, batch: Batch, feeds: _Feeds, names: list[str]) -> None:
+        """Find the first tensor of the network that is not finite, and who is to blame.
+
+        There may be none but ``names``, in which it was seen; and there are no names where only the mean of large
+        values was infinite.
+        """
+        for name, value in self._network.run_plainly(feeds, batch.samples[0].origin):
+            if self._is_fault(name, value):
+                self._blame(batch, name)
+        for name in names:
+            if self._skipped.get(name) != MASK:
+                self._blame(batch, name)
+
+    def _blame(self, batch: Batch, name: str) -> None:
+        """Name the sample in which a tensor is not finite; or skip a mask."""
         for offset, sample in enumerate(batch.samples):
-            array = dict(self._values(_alone(batch, offset), sample.origin))[name]
+            alone = self._network.run_plainly(_alone(batch, offset), sample.origin)
+            array = next(value for tensor, value in alone if tensor == name)
             if np.isfinite(array).all():
                 continue
             what = "NaN" if np.isnan(array).any() else "Inf"
@@ -131,6 +158,9 @@ class Meter:
 
     def finish(self) -> Ranges:
         """What was measured so far, in the network's order."""
+        samples, extremes = self._extremes.taken()
+        for name, found in extremes.items():
+            self._observers[name].widen(found, samples)
         tensors: dict[str, TensorRange] = {}
         skipped = dict(self._skipped)
         for name in self._order:

@@ -1,6 +1,7 @@
 """What is kept of a tensor while the network runs: its extremes, and how often each size of value occurred.
 
-Arrays are looked at where the runtime left them, and never kept. ``numpy`` reduces them: its minimum and maximum hand
+Arrays are looked at where the runtime left them, and never kept; of some tensors the runtime takes the extremes itself
+(:mod:`calib.pooled`). ``numpy`` reduces them: its minimum and maximum hand
 NaN on, which ReduceMin and ReduceMax of ONNX Runtime pass over (measured, 1.31), so that a sum would be needed too.
 """
 
@@ -86,13 +87,18 @@ class Observer:
         """
         times = samples if self.tensor.shared else 1
         share = 1 if self.tensor.shared else copies
+        self.widen(extremes, samples)
         with self._lock:
-            self._count += samples
-            self._extend(*extremes)
             if self._counter is not None:
                 self._counter.add(values, times, share)
             if self._channel_counter is not None and self._channels:
                 self._channel_counter.add(np.moveaxis(values, self.tensor.axis or 0, 0), times, share)
+
+    def widen(self, extremes: tuple[_Floats, _Floats], samples: int) -> None:
+        """Take in the extremes of so many samples."""
+        with self._lock:
+            self._count += samples
+            self._extend(*extremes)
 
     def _extend(self, low: _Floats, high: _Floats) -> None:
         """Widen the range."""

@@ -40,8 +40,8 @@ def calibrate(
 ) -> Ranges:
     """Measure the range of every float activation of a network.
 
-    Graph optimisations are off, so that each tensor is measured as the graph is written. Activations are looked at
-    where the runtime left them and dropped: memory does not grow with the number of samples. Neither batch size nor
+    Each tensor is measured as the graph is written, see :mod:`calib.network`. Activations are looked at where the
+    runtime left them and dropped: memory does not grow with the number of samples. Neither batch size nor
     order changes a bit of the result as long as the runtime's own kernels compute a sample alike in every batch, which
     those of onnxruntime 1.31 were seen to do on x86; batch size 1 does not depend on that.
 

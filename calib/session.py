@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions that compute the network exactly as it is written, and whose failures name a node."""
+"""ONNX Runtime sessions that compute the network as it is written, and whose failures name a node."""
 
 from __future__ import annotations
 
@@ -61,13 +61,19 @@ def _loadable(model: onnx.ModelProto) -> Iterator[bytes | str]:
 class Session:
     """A network that runs on the CPU.
 
-    Graph optimisations are off: a fused operator has no tensor in between, and every tensor is to be measured as it is
-    written. What is measured costs more than what fusion would save.
+    Args:
+        model: What is to be looked at is an output of it, or read by several operators.
+        threads: Of the runtime; None: one a core.
+        optimise: Let the runtime lay activations out as its kernels like them. It fuses operators too, but none whose
+            tensors in between are outputs. Without it failures name a node; with it, a part of one perhaps.
+
+    Raises:
+        CalibrationError: the runtime cannot load it.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, threads: int | None = None) -> None:
+    def __init__(self, model: onnx.ModelProto, *, threads: int | None = None, optimise: bool = False) -> None:
         try:
-            self._session = open_session(model, threads=threads)
+            self._session = open_session(model, threads=threads, optimise=optimise)
         except RUNTIME_ERRORS as error:
             raise CalibrationError(f"onnxruntime cannot load the model: {message_of(error)}") from error
 

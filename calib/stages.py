@@ -3,13 +3,13 @@
 To be looked at, a tensor has to be an output, and the runtime keeps outputs to the end of a run: 280 tensors of a
 detector are 80 MB a sample, those of a large segmentation network are gigabytes. So the network is cut, in the order of
 its nodes, into models of a bounded size of outputs; each hands on what later ones need. A small network is one stage.
-Every node is run as it is written, so nothing that it computes depends on where the cuts are.
+What a node computes does not depend on where the cuts are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -58,6 +58,9 @@ class Stages:
         sizes: Bytes of each, on the first batch.
         types: Of all activations, as the runtime calls them.
         threads: Of the runtime, for each stage.
+        shapes: Of what nodes make, as the runtime inferred them. With these it may choose the layout of tensors, see
+            :class:`calib.session.Session`; it does so by what it knows of them, which has to be the same wherever the
+            network is cut. None: the network runs as it is written.
 
     Raises:
         CalibrationError: the runtime cannot load it.
@@ -65,7 +68,7 @@ class Stages:
 
     def __init__(
         self, model: onnx.ModelProto, measured: Iterable[str], sizes: Mapping[str, int], types: Mapping[str, str],
-        *, threads: int | None,
+        *, threads: int | None, shapes: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:  # fmt: skip
         wanted = set(measured)
         nodes = list(model.graph.node)
@@ -78,8 +81,9 @@ class Stages:
             reads = tuple(name for name in types if name in read[place] and name not in made)
             hands_on = tuple(name for name in made if name in later)
             looked_at = tuple(name for name in made if name in wanted)
-            cut = _part(model, _with_constants(model, nodes, part), reads, (*looked_at, *hands_on), types)
-            session = Session(cut, threads=threads)
+            inputs = [_declared(model, name, types[name], (shapes or {}).get(name)) for name in reads]
+            cut = _part(model, _with_constants(model, nodes, part), inputs, (*looked_at, *hands_on))
+            session = Session(cut, threads=threads, optimise=shapes is not None)
             self._stages.append(_Stage(session, reads, looked_at, hands_on, frozenset(types) - later))
 
     def __len__(self) -> int:
@@ -123,20 +127,22 @@ def _cut(
     return parts
 
 
+def _declared(model: onnx.ModelProto, name: str, kind: str, shape: Sequence[Any] | None) -> onnx.ValueInfoProto:
+    """A stage's input: one of the network's as it is there, or a tensor with what is known of its shape."""
+    given = (value for value in model.graph.input if value.name == name)
+    return next(given, None) or onnx.helper.make_tensor_value_info(name, _TYPES[kind], shape or None)
+
+
 def _part(
-    model: onnx.ModelProto, nodes: list[onnx.NodeProto], reads: tuple[str, ...], outputs: Iterable[str],
-    types: Mapping[str, str],
-) -> onnx.ModelProto:  # fmt: skip
+    model: onnx.ModelProto, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: Iterable[str]
+) -> onnx.ModelProto:
     """A model of some nodes. The types of outputs are left for the runtime to infer."""
     part = onnx.ModelProto(ir_version=model.ir_version)
     part.opset_import.extend(model.opset_import)
     part.functions.extend(model.functions)
     part.graph.name = model.graph.name
     part.graph.node.extend(nodes)
-    declared = {value.name: value for value in model.graph.input}
-    part.graph.input.extend(
-        declared.get(name) or onnx.helper.make_tensor_value_info(name, _TYPES[types[name]], None) for name in reads
-    )
+    part.graph.input.extend(inputs)
     used = {name for node in nodes for name in uses(node)}
     part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in used)
     part.graph.sparse_initializer.extend(s for s in model.graph.sparse_initializer if s.values.name in used)

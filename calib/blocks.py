@@ -1,0 +1,72 @@
+"""Which activations the runtime keeps in blocks of channels, and so computes quicker than in the order of the file.
+
+With graph optimisations on, onnxruntime lays activations of convolutions out as ``(N, C/16, H, W, 16)`` (8 without
+AVX-512), and carries them so through what it knows in that layout, see ``nchwc_transformer.cc`` there. What is said
+here decides only how a tensor is measured, never what it holds: a wrong guess costs time, not a range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+
+from calib.model import STANDARD_DOMAINS
+
+# Of floats, with AVX-512; other processors have blocks of 8 or none, and what fills blocks of 16 fills those.
+BLOCK = 16
+_KEEPS_BLOCKS = ("Relu", "Sigmoid", "Tanh")
+_SAME_SHAPES = ("Add", "Sum", "Mul")
+_POOLS = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")
+
+
+def in_blocks(model: onnx.ModelProto, channels: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Name the tensors whose channels fill whole blocks, in the network's order.
+
+    Args:
+        model: The network.
+        channels: Of float32 tensors (N, C, H, W) that always have as many.
+        shapes: Of these tensors on some batch.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for value in model.graph.input:  # a default value of an input is no constant
+        weights.pop(value.name, None)
+    found: dict[str, None] = {}
+    for node in model.graph.node:
+        if node.domain in STANDARD_DOMAINS and len(node.output) == 1 and channels.get(node.output[0], 1) % BLOCK == 0:
+            inputs = [name for name in node.input if name]
+            if _convolves_in_blocks(node, weights) or (inputs and _carries_blocks(node, inputs, found, shapes)):
+                found[node.output[0]] = None
+    return list(found)
+
+
+def _convolves_in_blocks(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a node is a convolution over planes that the runtime has a kernel in blocks for."""
+    if node.op_type != "Conv" or any(name not in weights for name in node.input[1:] if name):
+        return False
+    weight = weights[node.input[1]]
+    if weight.data_type != onnx.TensorProto.FLOAT or len(weight.dims) != 4:
+        return False
+    outputs, inputs, groups = weight.dims[0], weight.dims[1], _attribute(node, "group", 1)
+    if groups == 1:  # few channels are read as they are
+        return inputs < BLOCK or inputs % BLOCK == 0
+    return (inputs == 1 and outputs == groups) or (inputs % BLOCK == 0 and outputs // groups % BLOCK == 0)
+
+
+def _carries_blocks(
+    node: onnx.NodeProto, inputs: list[str], found: Mapping[str, None], shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Whether a node gives blocks where it is given blocks."""
+    if node.op_type == "BatchNormalization":
+        return inputs[0] in found
+    if any(name not in found for name in inputs):
+        return False
+    if node.op_type in _SAME_SHAPES:
+        return len({shapes[name] for name in inputs}) == 1
+    return node.op_type in _KEEPS_BLOCKS + _POOLS or (node.op_type == "Concat" and _attribute(node, "axis", 0) == 1)
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> Any:
+    """A whole number among a node's attributes."""
+    return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
