@@ -24,6 +24,7 @@ from calib.model import PROTOBUF_LIMIT, STANDARD_DOMAINS, all_nodes, fits_one_me
 from relu_deploy import ops
 from relu_deploy.distinct import make_distinct
 from relu_deploy.errors import FileError, ModelError, NetworkWarning
+from relu_deploy.order import sort_nodes
 from relu_deploy.untrusted import check_parsed
 
 # Far above any network that runs on one card, far below what a forged length could make us allocate.
@@ -91,6 +92,7 @@ def load_model(path: Path) -> onnx.ModelProto:
     check_versions(model, path)
     _complete(model, path)
     _check_operators(model, path)
+    sort_nodes(model.graph)
     _infer_outputs(model)
     check_model(model, path)
     name_nodes(model.graph)
