@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx
+from onnx import numpy_helper
 
 from calib.model import STANDARD_DOMAINS
 
@@ -36,7 +37,11 @@ def in_blocks(model: onnx.ModelProto, channels: Mapping[str, int], shapes: Mappi
     for node in model.graph.node:
         if node.domain in STANDARD_DOMAINS and len(node.output) == 1 and channels.get(node.output[0], 1) % BLOCK == 0:
             inputs = [name for name in node.input if name]
-            if _convolves_in_blocks(node, weights) or (inputs and _carries_blocks(node, inputs, found, shapes)):
+            if (
+                _convolves_in_blocks(node, weights)
+                or (inputs and _carries_blocks(node, inputs, found, shapes))
+                or _repeats_blocks(node, weights, found)
+            ):
                 found[node.output[0]] = None
     return list(found)
 
@@ -65,6 +70,17 @@ def _carries_blocks(
     if node.op_type in _SAME_SHAPES:
         return len({shapes[name] for name in inputs}) == 1
     return node.op_type in _KEEPS_BLOCKS + _POOLS or (node.op_type == "Concat" and _attribute(node, "axis", 0) == 1)
+
+
+def _repeats_blocks(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto], found: Mapping[str, None]) -> bool:
+    """Whether a node gives each value of blocks a whole number of times, side by side."""
+    if node.op_type != "Resize" or len(node.input) != 3 or node.input[0] not in found or node.input[2] not in weights:
+        return False
+    given = {attribute.name: attribute.s for attribute in node.attribute}
+    how = given.get("mode"), given.get("coordinate_transformation_mode"), given.get("nearest_mode")
+    scales = numpy_helper.to_array(weights[node.input[2]]).tolist()
+    whole = len(scales) == 4 and scales[:2] == [1, 1] and all(scale.is_integer() and scale > 0 for scale in scales[2:])
+    return how == (b"nearest", b"asymmetric", b"floor") and whole
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> Any:

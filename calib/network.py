@@ -75,12 +75,14 @@ class Network:
         pooling = with_pooling(self._model, found.blocks, found.planes)
         if pooling is None:
             return None
-        *_, extremes = pooling.made
+        *steps, extremes = pooling.made
         measured = set(self._measured).difference(found.blocks) | {extremes}
         sizes = {**found.sizes, extremes: 3 * sum(pooling.channels.values()) * _FLOAT_BYTES}
         types = {**found.types, **dict.fromkeys(pooling.made, "tensor(float)")}
         try:
-            stages = Stages(pooling.model, measured, sizes, types, threads=self._threads, shapes=found.shapes)
+            stages = Stages(
+                pooling.model, measured, sizes, types, threads=self._threads, shapes=found.shapes, aside=set(steps)
+            )
         except CalibrationError:  # what is wrong with the network itself, loading it plainly tells
             return None
         self.pooled, self.extremes = pooling.channels, extremes

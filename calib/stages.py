@@ -9,7 +9,8 @@ What a node computes does not depend on where the cuts are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -61,6 +62,7 @@ class Stages:
         shapes: Of what nodes make, as the runtime inferred them. With these it may choose the layout of tensors, see
             :class:`calib.session.Session`; it does so by what it knows of them, which has to be the same wherever the
             network is cut. None: the network runs as it is written.
+        aside: Tensors that are made of others for nothing but an output.
 
     Raises:
         CalibrationError: the runtime cannot load it.
@@ -68,7 +70,7 @@ class Stages:
 
     def __init__(
         self, model: onnx.ModelProto, measured: Iterable[str], sizes: Mapping[str, int], types: Mapping[str, str],
-        *, threads: int | None, shapes: Mapping[str, Sequence[Any]] | None = None,
+        *, threads: int | None, shapes: Mapping[str, Sequence[Any]] | None = None, aside: Container[str] = (),
     ) -> None:  # fmt: skip
         wanted = set(measured)
         nodes = list(model.graph.node)
@@ -82,7 +84,8 @@ class Stages:
             hands_on = tuple(name for name in made if name in later)
             looked_at = tuple(name for name in made if name in wanted)
             inputs = [_declared(model, name, types[name], (shapes or {}).get(name)) for name in reads]
-            cut = _part(model, _with_constants(model, nodes, part), inputs, (*looked_at, *hands_on))
+            chosen = _first_made_last(_with_constants(model, nodes, part), aside)
+            cut = _part(model, chosen, inputs, (*looked_at, *hands_on))
             session = Session(cut, threads=threads, optimise=shapes is not None)
             self._stages.append(_Stage(session, reads, looked_at, hands_on, frozenset(types) - later))
 
@@ -125,6 +128,24 @@ def _cut(
         size += needed
         crossing = {name for name in crossing.union(nodes[index].output) if last_use.get(name, -1) > index}
     return parts
+
+
+def _first_made_last(nodes: list[onnx.NodeProto], aside: Container[str]) -> list[onnx.NodeProto]:
+    """Put what makes such tensors behind all others (but for what they end in), run by run, the first run last.
+
+    When the runtime optimises, it goes back from the last node to what that needs, and makes its own nodes in that
+    order, in which they are run: so a tensor is reduced right after it was made, while it is in the cache, and freed.
+    """
+    runs: list[list[onnx.NodeProto]] = []
+    others: list[onnx.NodeProto] = []
+    for is_aside, run in itertools.groupby(nodes, lambda node: bool(node.output) and node.output[0] in aside):
+        if is_aside:
+            runs.insert(0, list(run))
+        else:
+            others += run
+    ends = [any(name in aside for name in node.input) for node in others]
+    before = [node for node, is_end in zip(others, ends, strict=True) if not is_end]
+    return [*before, *itertools.chain(*runs), *itertools.compress(others, ends)]
 
 
 def _declared(model: onnx.ModelProto, name: str, kind: str, shape: Sequence[Any] | None) -> onnx.ValueInfoProto:
