@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 
 from calib.ranges import Ranges
 from relu_deploy.int8.formats import NumberFormat
-from relu_deploy.int8.fuse_factors import choose_first
+from relu_deploy.int8.fuse_factors import alive_channels, choose_first
 from relu_deploy.int8.fuse_noise import Array, Product, Span
 from relu_deploy.int8.granularity import shares_scale
 from relu_deploy.int8.islands import channels_of
@@ -127,7 +127,8 @@ class _Work:
         low, high = np.clip(found.low, min(first, 0.0), 0.0), np.clip(found.high, 0.0, max(last, 0.0))
         if not (high > low).any():
             raise RefusedError("it is always 0")
-        return low, high, found.power
+        alive = alive_channels(np.maximum(-low, high))
+        return np.where(alive, low, 0), np.where(alive, high, 0), np.where(alive, found.power, 0)
 
     def _terms(
         self, layers: Sequence[Layer], low: Array, high: Array, power: Array, reach: Array

@@ -14,6 +14,10 @@ Term = Span | Product
 
 # A gain below this is left: every factor that is not 1 is a weight that is not the one in the float file.
 LEAST_GAIN = 0.01
+# A channel smaller than this part of the largest is dead, whatever is left of it: one that training or pruning took
+# out has numbers like 1e-39, and a factor that made up for that would leave float32.
+_FAINTEST = 2.0**-40
+_TINY = float(np.finfo(np.float32).tiny)
 _ROUNDS = 12
 _SWEEPS = 8
 
@@ -97,6 +101,18 @@ class _Block:
                 share = scaled / np.maximum(each, np.finfo(np.float64).tiny)[:, None]
                 np.maximum.at(columns, np.broadcast_to(term.inputs, share.shape), share)
         return _octaves(extent), _octaves(rows), _octaves(columns)
+
+
+def alive_channels(reach: Array) -> npt.NDArray[np.bool_]:
+    """Which channels hold anything.
+
+    Args:
+        reach: Largest magnitude of each channel of one tensor, ``(C,)``.
+
+    >>> alive_channels(np.array([1.0, 1e-9, 1e-14, 0.0])).tolist()
+    [True, True, False, False]
+    """
+    return np.asarray(reach >= max(_TINY, _FAINTEST * float(reach.max(initial=0))))
 
 
 def choose_first(terms: Sequence[Term], alive: npt.NDArray[np.bool_]) -> Array:

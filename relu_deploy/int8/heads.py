@@ -53,10 +53,10 @@ class Heads:
         for names in self.parts:
             signal, noise = 0.0, 0.0
             for (a, b), name in itertools.product(zip(wanted, found, strict=True), names):
-                finite = np.isfinite(a[name])
-                exact = a[name][finite].astype(np.float64)
+                seen = ~np.isinf(a[name])
+                exact = a[name][seen].astype(np.float64)
                 signal += _power(exact)
-                noise += _power(exact - b[name][finite])
+                noise += _power(exact - b[name][seen])
             ratio = sqnr_db(signal, noise) if np.isfinite(noise) else -CLEAN_DB
             worst = min(worst, CLEAN_DB if ratio is None else ratio)
         return worst

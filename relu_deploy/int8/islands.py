@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 
 from calib.ranges import TensorRange
 from relu_deploy.int8.formats import NumberFormat
-from relu_deploy.int8.fuse_factors import choose_first
+from relu_deploy.int8.fuse_factors import alive_channels, choose_first
 from relu_deploy.int8.fuse_noise import Array
 from relu_deploy.int8.fuse_terms import second_moments
 from relu_deploy.int8.islands_absorb import absorb, times
@@ -40,7 +40,6 @@ Bounds = dict[str, tuple[float, float]]
 _CODES = 255
 # By what part the range of a channel is widened: this over the number of samples, up to that.
 _ROOM, _MOST_ROOM = 8, 2
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +165,9 @@ class _Work:
         self._refuse_shared(tensor)
         layers, seen = [read_layer(node) for node in readers], self._seen(name)
         low, high = np.minimum(seen.low, 0), np.maximum(seen.high, 0)
-        factors = choose_first(inlet_terms(layers, low, high, seen.power, self.number), (low < 0) | (high > 0))
+        alive = alive_channels(np.maximum(-low, high))
+        low, high, power = (np.where(alive, part, 0) for part in (low, high, seen.power))
+        factors = choose_first(inlet_terms(layers, low, high, power, self.number), alive)
         if (factors == 1).all():
             return 0, factors.size
         for layer in layers:
@@ -211,12 +212,12 @@ def even_factors(low: Array, high: Array) -> Array:
         high: Largest, not below 0.
 
     Returns:
-        ``(C,)``; 1 for channels that are always 0, or too small for float32. The largest is a power of two near 1.
+        ``(C,)``; 1 for channels that are dead. The largest is a power of two near 1.
 
     >>> even_factors(np.array([-1.0, -4.0, 0.0]), np.array([3.0, 12.0, 0.0])).tolist()
     [1.0, 0.25, 1.0]
     """
-    alive = np.maximum(-low, high) >= _TINY
+    alive = alive_channels(np.maximum(-low, high))
     if not alive.any():
         return np.ones(low.size)
     zero = np.arange(_CODES + 1)[:, None]

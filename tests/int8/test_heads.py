@@ -114,3 +114,4 @@ def test_infinity_around_scores_is_not_compared():
     assert measured.worst_db([{"y/part": exact}], [{"y/part": np.array([3.0, 4.0, 7.0])}]) == CLEAN_DB
     assert measured.worst_db([{"y/part": exact}], [{"y/part": np.array([np.nan, 4.0, -np.inf])}]) == -CLEAN_DB
     assert measured.worst_db([{"y/part": exact}], [{"y/part": np.array([-np.inf, 4.0, -np.inf])}]) == -CLEAN_DB
+    assert measured.worst_db([{"y/part": np.array([np.nan, 4.0])}], [{"y/part": np.array([np.nan, 4.0])}]) == -CLEAN_DB

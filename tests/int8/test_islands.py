@@ -114,6 +114,22 @@ def test_uneven_channels_keep_their_precision_in_int8():
     assert found["pow2"] > found["off"] + 10, found
 
 
+@pytest.mark.parametrize("dead", [0.0, 1e-45, 6.9e-39, 1.3e-38, 1e-30, 1e-15])
+@pytest.mark.parametrize("target", ["ort", "tensorrt-rtx"])
+def test_channels_that_pruning_took_out_do_not_drag_the_others_down(dead, target):
+    """What is left of such a channel is no number that a factor could bring up to the size of the others."""
+    weights = uneven_convs()
+    for name, channels in (("w", 2), ("b", 2), ("w", 5), ("b", 5)):
+        weights[name][channels] = dead * np.sign(weights[name][channels])
+    model = network(HARDSWISH, **weights)
+    quantized, _ = quantize(model, measured(model), target=target, float_part="fp32", weight_bits=8)
+    for tensor in quantized.graph.initializer:
+        assert np.isfinite(onnx.numpy_helper.to_array(tensor)).all(), tensor.name
+    found = outputs(quantized, DATA)
+    assert np.isfinite(found).all()
+    assert db(outputs(model, DATA), found) > 30
+
+
 def test_even_channels_are_left_alone_by_the_inlet():
     rng = np.random.default_rng(3)
     even = network(HARDSWISH, w=np.eye(8)[:, :, None, None], b=np.zeros(8), v=rng.choice([-1, 1], (8, 8, 1, 1)))
