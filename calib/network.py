@@ -19,6 +19,7 @@ from calib.discover import Found
 from calib.errors import CalibrationError
 from calib.pooled import with_pooling
 from calib.stages import Stages
+from calib.weights import apart
 
 _FLOAT_BYTES = 4
 _Values = Iterator[tuple[str, NDArray[Any]]]
@@ -46,7 +47,8 @@ class Network:
     def __init__(
         self, model: onnx.ModelProto, found: Found, measured: Collection[str], *, pool: bool, threads: int
     ) -> None:
-        self._model, self._found, self._measured, self._threads = model, found, measured, threads
+        self._found, self._measured, self._threads = found, measured, threads
+        self._model, self._weights = apart(model)
         self.pooled: Mapping[str, int] = {}
         self.extremes = ""
         self._stages = (self._quick() if pool else None) or self._plain
@@ -81,8 +83,9 @@ class Network:
         types = {**found.types, **dict.fromkeys(pooling.made, "tensor(float)")}
         try:
             stages = Stages(
-                pooling.model, measured, sizes, types, threads=self._threads, shapes=found.shapes, aside=set(steps)
-            )
+                pooling.model, measured, sizes, types, weights=self._weights, threads=self._threads,
+                shapes=found.shapes, aside=set(steps),
+            )  # fmt: skip
         except CalibrationError:  # what is wrong with the network itself, loading it plainly tells
             return None
         self.pooled, self.extremes = pooling.channels, extremes
@@ -91,4 +94,7 @@ class Network:
     @functools.cached_property
     def _plain(self) -> Stages:
         """The network as it is written."""
-        return Stages(self._model, self._measured, self._found.sizes, self._found.types, threads=self._threads)
+        return Stages(
+            self._model, self._measured, self._found.sizes, self._found.types, weights=self._weights,
+            threads=self._threads,
+        )  # fmt: skip

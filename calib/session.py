@@ -16,19 +16,24 @@ from numpy.typing import NDArray
 from calib.errors import CalibrationError, message_of
 from calib.model import fits_one_message
 from calib.runtime import RUNTIME_ERRORS
+from calib.weights import values_of
 
 _AT_NODE = re.compile(r"running (?P<op>\S+) node\. Name:'(?P<name>[^']*)' Status Message: (?P<why>.*)", re.DOTALL)
 # Of a failed check the runtime gives source file, line and C++ signature before what a person can read.
 _CXX = re.compile(r"^\S+:\d+ .*? was false\.\s*", re.DOTALL)
 
 
-def open_session(model: onnx.ModelProto, *, optimise: bool = False, threads: int | None = None) -> ort.InferenceSession:
+def open_session(
+    model: onnx.ModelProto, *, optimise: bool = False, threads: int | None = None,
+    weights: Mapping[str, ort.OrtValue] | None = None,
+) -> ort.InferenceSession:  # fmt: skip
     """Open a model in memory on the CPU, to look at what it computes; engines that are timed are opened from files.
 
     Args:
         model: One past what a protobuf message can hold goes through a temporary folder.
         optimise: Let the runtime fuse operators; without it, each node runs as it is written.
         threads: None: one a core.
+        weights: What the model only names, see :mod:`calib.weights`; they must live as long as the session.
 
     Raises:
         RUNTIME_ERRORS: the runtime cannot load it; the caller knows what that means for the user.
@@ -42,6 +47,8 @@ def open_session(model: onnx.ModelProto, *, optimise: bool = False, threads: int
     options.intra_op_num_threads = threads or 0
     # Memory patterns hold every activation at once: 455 MB against 325 on a detector of 280 tensors.
     options.enable_mem_pattern = False
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
     with _loadable(model) as loadable:
         return ort.InferenceSession(loadable, options, providers=["CPUExecutionProvider"])
 
@@ -68,14 +75,19 @@ class Session:
         threads: Of the runtime; None: one a core.
         optimise: Let the runtime lay activations out as its kernels like them. It fuses operators too, but none whose
             tensors in between are outputs. Without it failures name a node; with it, a part of one perhaps.
+        weights: What the model only names, see :mod:`calib.weights`.
 
     Raises:
         CalibrationError: the runtime cannot load it.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, threads: int | None = None, optimise: bool = False) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, *, threads: int | None = None, optimise: bool = False,
+        weights: Mapping[str, onnx.TensorProto] | None = None,
+    ) -> None:  # fmt: skip
+        self._weights = values_of(model, weights or {})
         try:
-            self._session = open_session(model, threads=threads, optimise=optimise)
+            self._session = open_session(model, threads=threads, optimise=optimise, weights=self._weights)
         except RUNTIME_ERRORS as error:
             raise CalibrationError(f"onnxruntime cannot load the model: {message_of(error)}") from error
 

@@ -59,6 +59,7 @@ class Stages:
         sizes: Bytes of each, on the first batch.
         types: Of all activations, as the runtime calls them.
         threads: Of the runtime, for each stage.
+        weights: What the network only names, see :mod:`calib.weights`.
         shapes: Of what nodes make, as the runtime inferred them. With these it may choose the layout of tensors, see
             :class:`calib.session.Session`; it does so by what it knows of them, which has to be the same wherever the
             network is cut. None: the network runs as it is written.
@@ -70,7 +71,8 @@ class Stages:
 
     def __init__(
         self, model: onnx.ModelProto, measured: Iterable[str], sizes: Mapping[str, int], types: Mapping[str, str],
-        *, threads: int | None, shapes: Mapping[str, Sequence[Any]] | None = None, aside: Container[str] = (),
+        *, threads: int | None, weights: Mapping[str, onnx.TensorProto] | None = None,
+        shapes: Mapping[str, Sequence[Any]] | None = None, aside: Container[str] = (),
     ) -> None:  # fmt: skip
         wanted = set(measured)
         nodes = list(model.graph.node)
@@ -86,7 +88,7 @@ class Stages:
             inputs = [_declared(model, name, types[name], (shapes or {}).get(name)) for name in reads]
             chosen = _first_made_last(_with_constants(model, nodes, part), aside)
             cut = _part(model, chosen, inputs, (*looked_at, *hands_on))
-            session = Session(cut, threads=threads, optimise=shapes is not None)
+            session = Session(cut, threads=threads, optimise=shapes is not None, weights=weights)
             self._stages.append(_Stage(session, reads, looked_at, hands_on, frozenset(types) - later))
 
     def __len__(self) -> int:
