@@ -37,6 +37,7 @@ from relu_deploy.int8.shield import shield_float_layers
 from relu_deploy.int8.siblings import merge_siblings
 from relu_deploy.int8.spare import spare_products
 from relu_deploy.int8.tables import as_floats, stand_in, take_back, write_tables
+from relu_deploy.int8.widen import widen, with_names
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
 from relu_deploy.ops import is_definition, is_pwlu
@@ -157,7 +158,8 @@ def quantize(
     refuse_quantized(model)
     if check_ranges:
         check_fresh(ranges, model)
-    lifted, number, opset_warnings = _prepare(model, number, asked=float_part)
+    prepared, ranges, half_warnings = _widened(model, ranges, number)
+    lifted, number, opset_warnings = _prepare(prepared, number, asked=float_part)
     graph = files.import_graph(lifted)
     fold_constants(graph)
     remove_identities(graph)  # an Identity between a layer and its ReLU would be quantised, and then the ReLU again
@@ -230,7 +232,7 @@ def quantize(
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
     folded |= dynamic
-    told = (*cpu_warnings, *opset_warnings, *extra_warnings)
+    told = (*cpu_warnings, *half_warnings, *opset_warnings, *extra_warnings)
     report = _report(quantized, placement, written, number, told, folded)
     islands = None if evened is None else evened.report
     report = dataclasses.replace(report, fusion=fusion.report, islands=islands, rows=rows, half=half, merged=merged)
@@ -318,6 +320,17 @@ def refuse_quantized(model: onnx.ModelProto) -> None:
             f"the model is quantised already: node {node.name!r} is a {node.op_type}",
             hint="start from the float model",
         )
+
+
+def _widened(
+    model: onnx.ModelProto, ranges: Ranges, number: NumberFormat
+) -> tuple[onnx.ModelProto, Ranges, tuple[str, ...]]:
+    """A float16 network in float32 where integer kernels give that, with its ranges; others as they are."""
+    if not (number.unsigned and is_half(model)):
+        return model, ranges, ()
+    wide, names = widen(inline_functions(model) if model.functions else model)
+    told = "the network is float16: what is left in float computes in float32, as ONNX Runtime's integer kernels do"
+    return wide, with_names(ranges, names), (told,)
 
 
 def _prepare(

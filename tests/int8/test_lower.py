@@ -11,7 +11,6 @@ from onnx import numpy_helper
 from calib.inputs import model_inputs
 from calib.run import calibrate
 from calib.sources import open_source
-from relu_deploy.errors import QuantizationError
 from relu_deploy.int8.run import quantize
 
 LEVELS = ort.GraphOptimizationLevel
@@ -134,15 +133,6 @@ def test_recurrent_layers_are_counted_as_float():
     )  # fmt: skip
     _, report = quantized(model, RNG.normal(size=(5, 1, 6)).astype(np.float32))
     assert [(layer.op, layer.int8) for layer in report.layers] == [("MatMul", True), ("LSTM", False)]
-
-
-def test_a_float16_network_is_refused_for_onnx_runtime_with_the_reason():
-    model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["": 19]> g (float16[1, 6] x) => (float16[1, 5] y) { y = MatMul(x, w) }'
-    )
-    model.graph.initializer.append(numpy_helper.from_array(W.astype(np.float16), "w"))
-    with pytest.raises(QuantizationError, match="export the network in float32"):
-        quantized(model, RNG.normal(size=(4, 6)).astype(np.float16))
 
 
 @pytest.mark.parametrize(
