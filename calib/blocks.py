@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 from onnx import numpy_helper
 
-from calib.model import STANDARD_DOMAINS
+from calib.model import STANDARD_DOMAINS, is_constant
 
 # Of floats, with AVX-512; other processors have blocks of 8 or none, and what fills blocks of 16 fills those.
 BLOCK = 16
@@ -31,6 +31,7 @@ def in_blocks(model: onnx.ModelProto, channels: Mapping[str, int], shapes: Mappi
         shapes: Of these tensors on some batch.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights |= {node.output[0]: node.attribute[0].t for node in model.graph.node if is_constant(node)}
     for value in model.graph.input:  # a default value of an input is no constant
         weights.pop(value.name, None)
     found: dict[str, None] = {}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from calib.histogram import Histogram, bins_of, collected, merge_histograms
-from calib.model import STANDARD_DOMAINS
+from calib.model import STANDARD_DOMAINS, is_constant
 from calib.observers import MAX_CHANNELS, Tensor
 from calib.ranges import TensorRange
 
@@ -49,7 +49,7 @@ def derivable(model: onnx.ModelProto, tensors: Mapping[str, Tensor], fixed: set[
         fixed: Names of tensors whose extents, but for the first, are always the same.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in model.graph.node if _is_constant(node)}
+    constants |= {node.output[0]: node.attribute[0].t for node in model.graph.node if is_constant(node)}
     fed = {value.name for value in model.graph.input}
     constants = {name: tensor for name, tensor in constants.items() if name not in fed}
     found: dict[str, Derived] = {}
@@ -68,11 +68,6 @@ def derivable(model: onnx.ModelProto, tensors: Mapping[str, Tensor], fixed: set[
                 axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
                 found[output.name] = Derived(names, along_channels=axis % output.rank == output.axis)
     return found
-
-
-def _is_constant(node: onnx.NodeProto) -> bool:
-    """Whether a node gives a tensor that is written in it."""
-    return node.op_type == "Constant" and node.attribute[0].name == "value"
 
 
 def _bounds(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> Bounds | None:

@@ -32,6 +32,11 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from all_nodes(subgraph)
 
 
+def is_constant(node: onnx.NodeProto) -> bool:
+    """Whether a node gives a tensor that is written in it."""
+    return node.op_type == "Constant" and node.attribute[0].name == "value"
+
+
 def opset(model: onnx.ModelProto) -> int:
     """Version of the default operator set; 0 when the model imports none."""
     return max((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), default=0)

@@ -287,6 +287,14 @@ def test_what_lies_in_blocks_is_pooled_and_the_rest_handed_out(monkeypatch):
     assert looked_at(model, data, monkeypatch, method="mse") == (["a", "b", "c", "d", "g", "y"], [])
 
 
+def test_weights_may_be_constants_of_nodes(monkeypatch):
+    model = identity(parse("g (float[N, 16, 2, 2] x) => (float[N, 16, 2, 2] y) { y = Conv(x, w) }"))
+    weight = model.graph.initializer.pop()
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
+    data = np.random.default_rng(0).standard_normal((2, 16, 2, 2)).astype(np.float32)
+    assert looked_at(model, data, monkeypatch) == ([], ["y"])
+
+
 def test_networks_without_blocks_run_as_they_are_written(monkeypatch):
     opened = []
     real = calib.session.open_session
