@@ -7,16 +7,23 @@ calibrate and quantize together is printed too. Seconds of the processor are les
 machine; two threads at work count twice. ONNX Runtime has no method mse, and with percentile and entropy it keeps every
 activation of every sample: do not ask for many there.
 
+The network alone is what no calibration can be quicker than: the same samples run through it, with all of the runtime's
+optimisations and nothing looked at, one run for each processor at a time.
+
 Needs the extras torch and tensorrt-rtx, for the network's plan. Run:
 
     python benchmarks/calibration.py
+    python benchmarks/calibration.py --method max --series 16 64 128 512
     python benchmarks/calibration.py --many 512
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
@@ -29,9 +36,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from calib.ahead import Workers
 from calib.inputs import model_inputs
 from calib.options import METHODS
 from calib.run import calibrate
+from calib.session import open_session
 from calib.sources import open_source
 from common import print_machine
 from relu_deploy.int8.run import quantize
@@ -74,6 +83,14 @@ def theirs(model: Path, method: str, count: int) -> None:
     )  # fmt: skip
 
 
+def alone(model: Path, count: int) -> None:
+    """The network as quick as the runtime runs it."""
+    session = open_session(onnx.load(model), optimise=True, threads=1)
+    workers = Workers(lambda row: session.run(None, {"images": row}), len(os.sched_getaffinity(0)))
+    for _ in workers.map(samples(count)):
+        pass
+
+
 def measured(model: Path, who: str, method: str, count: int) -> dict[str, float]:
     """Seconds by the clock and of the processor, and peak memory in MiB, of one run in a process of its own."""
     call = [sys.executable, __file__, "--worker", who, "--model", str(model), "--method", method]
@@ -89,6 +106,8 @@ def work(options: argparse.Namespace) -> None:
     started, busy = time.perf_counter(), time.process_time()
     if options.worker == "theirs":
         theirs(options.model, options.method[0], options.samples)
+    elif options.worker == "alone":
+        alone(options.model, options.samples)
     else:
         ours(options.model, options.method[0], options.samples, with_quantize=options.worker == "both")
     print(json.dumps({"clock": time.perf_counter() - started, "cpu": time.process_time() - busy, "peak": peak()}))
@@ -121,6 +140,22 @@ def compare(model: Path, method: str, count: int, rounds: int) -> None:
     print(f"| {method} | {' | '.join(cells)} |".replace("nan", "-"), flush=True)
 
 
+def series(model: Path, counts: list[int], rounds: int, methods: list[str]) -> None:
+    """Print how the times go with the number of samples, beside those of the network alone."""
+    print(
+        "| method | samples | calibrate | network alone | quantize_static | calibrate faster | network alone faster |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    for method, count in itertools.product(methods, counts):
+        who = ["ours", "alone", *(["theirs"] if method in THEIRS else [])]
+        found = [{name: measured(model, name, method, count)["clock"] for name in who} for _ in range(rounds)]
+        for run in found:
+            run.setdefault("theirs", math.nan)
+        cells = [statistics.median(run[name] for run in found) for name in ("ours", "alone", "theirs")]
+        cells += [statistics.median(run["theirs"] / run[name] for run in found) for name in ("ours", "alone")]
+        print(f"| {method} | {count} | {' | '.join(f'{cell:.2f}' for cell in cells)} |".replace("nan", "-"), flush=True)
+
+
 def growth(model: Path, few: int, many: int, methods: list[str]) -> None:
     """Print the peaks for few and for many samples, and how many samples a second go through in the long run."""
     print(f"\n| method | peak MiB, {few} samples | {many} samples | ratio | samples/s |\n|---|---|---|---|---|")
@@ -137,9 +172,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="samples of each run (default: 16)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, in turn (default: 3)")
     parser.add_argument("--method", action="append", choices=METHODS, help="methods (default: all)")
+    parser.add_argument("--series", type=int, nargs="+", help="print times for these numbers of samples, nothing else")
     parser.add_argument("--many", type=int, help="also compare peak memory with this many samples")
     parser.add_argument("--model", type=Path, help="another network with one input 'images' of 1x3x320x320")
-    parser.add_argument("--worker", choices=["ours", "both", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["ours", "both", "theirs", "alone"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options)
@@ -152,6 +188,10 @@ def main() -> None:
             model = Path(folder) / "detector.onnx"
             onnx.save(exported(Detector, SIZE), model)
         print_machine()
+        if options.series:
+            print(f"onnxruntime {ort.__version__}, {options.rounds} rounds; seconds\n")
+            series(model, options.series, options.rounds, options.method or list(METHODS))
+            return
         print(f"onnxruntime {ort.__version__}, {options.samples} samples, {options.rounds} rounds; seconds, MiB\n")
         heads = [
             "method", "calibrate", "its CPU", "and quantize", "their CPU", "quantize_static", "its CPU",
