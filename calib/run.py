@@ -41,9 +41,10 @@ def calibrate(
     """Measure the range of every float activation of a network.
 
     Each tensor is measured as the graph is written, see :mod:`calib.network`. Activations are looked at where the
-    runtime left them and dropped: memory does not grow with the number of samples. Neither batch size nor order changes
-    a bit of the result as long as the runtime's own kernels compute a sample alike in every batch: those of convolutions
-    were seen to, some sums and matrix products not (onnxruntime 1.31, x86). Batch size 1 does not depend on that.
+    runtime left them and dropped: memory does not grow with the number of samples. Neither batch size nor order
+    changes a bit of the result as long as the runtime's own kernels compute a sample alike in every batch. Those of
+    convolutions were seen to, some sums and matrix products not (onnxruntime 1.31, x86); batch size 1 does not depend
+    on that.
 
     Args:
         model: A float network, weights inside it. It is not changed.
