@@ -18,6 +18,8 @@ from relu_deploy.int8.unions import Unions
 
 # ONNX Runtime has an integer kernel for these on the CPU (onnxruntime 1.20 to 1.31, QDQ transformer).
 INTEGER_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
+# Move no byte: what is a float in front of them is quantised behind them, where a layer's factors can stand.
+_NAMES_ONLY = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 # Quantised after the last linear layer too, when their inputs are: their output range is their inputs' own.
 TAIL_OPS = ("Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Relu", "Clip")
 
@@ -54,7 +56,7 @@ class _Wanted:
                     self.add(node.inputs[0])
                     continue
                 node = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
-            if node is not None:
+            if node is not None and not self._renames_a_float(node):
                 self._spread_through(node, tensor)
 
     def _spread_through(self, node: gs.Node, output: gs.Variable) -> None:
@@ -79,6 +81,12 @@ class _Wanted:
                     self.joined += [(t.name, output.name) for t in live if self._ends_in(t, node)]
                 if constant:
                     self.constants.add(node.name)
+
+    def _renames_a_float(self, node: gs.Node) -> bool:
+        if node.op not in _NAMES_ONLY or node.inputs[0].name in self.coded:
+            return False
+        maker = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+        return maker is None or not is_clipping(maker)  # that may be the clipping of a layer's quantiser
 
     def _ends_in(self, tensor: gs.Variable, concat: gs.Node) -> bool:
         """Whether a tensor is only there to be concatenated: a scale of its own would then be a second rounding.

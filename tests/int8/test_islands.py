@@ -130,6 +130,32 @@ def test_channels_that_pruning_took_out_do_not_drag_the_others_down(dead, target
     assert db(outputs(model, DATA), found) > 30
 
 
+@pytest.mark.parametrize("axes", ["1, T, 8", "N, 5, 8", "N, T, 8"])
+def test_products_over_more_axes_get_factors_too_whatever_is_known_of_them(axes):
+    """Where all axes but one are known such a product becomes a Gemm between Reshapes."""
+    rng = np.random.default_rng(7)
+    sizes = np.logspace(-1.5, 1.5, CHANNELS)
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 20]> g (float[{axes}] x) => (float[{axes}] y) '
+        "{ p = MatMul(x, w) h = Add(p, b) a = Gelu(h) q = MatMul(a, v) y = Add(q, b) }"
+    )
+    weights = {"w": rng.normal(size=(8, 8)) * sizes, "v": rng.normal(size=(8, 8)) / sizes[:, None], "b": np.full(8, 0.1)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items())
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"
+    model = onnx.shape_inference.infer_shapes(model)
+    data = rng.normal(size=(16, 5, 8)).astype(np.float32)
+    samples = [data[at : at + 1] for at in range(16)]
+    ranges = calibrate(model, open_source(samples, model_inputs(model)))
+    found = {}
+    for fusion in ("off", "pow2"):
+        quantized, report = quantize(model, ranges, target="ort", weight_bits=8, channel_fusion=fusion)
+        pairs = [(outputs(model, sample), outputs(quantized, sample)) for sample in samples]
+        found[fusion] = db(*(np.concatenate(part) for part in zip(*pairs, strict=True)))
+    assert len(report.islands.changed) == 1
+    assert found["pow2"] > found["off"] + 6
+
+
 def test_even_channels_are_left_alone_by_the_inlet():
     rng = np.random.default_rng(3)
     even = network(HARDSWISH, w=np.eye(8)[:, :, None, None], b=np.zeros(8), v=rng.choice([-1, 1], (8, 8, 1, 1)))
