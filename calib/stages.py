@@ -128,7 +128,8 @@ def _cut(
             size = 0
         parts[-1].append(index)
         size += needed
-        crossing = {name for name in crossing.union(nodes[index].output) if last_use.get(name, -1) > index}
+        crossing.update(name for name in nodes[index].output if last_use.get(name, -1) > index)
+        crossing.difference_update([name for name in uses(nodes[index]) if last_use[name] == index])
     return parts
 
 
