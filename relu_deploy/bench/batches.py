@@ -65,12 +65,14 @@ def iter_batches(samples: Iterable[Sample], batch: int) -> Iterator[tuple[Feeds,
 
 
 def _whole(sample: Sample, batch: int) -> Feeds:
-    for name, array in sample.feeds.items():
-        if array.ndim >= 2 and len(array) != batch:
-            raise DataError(
-                f"{sample.origin}: input {name!r} holds a batch of {len(array)}, and {batch} is measured",
-                hint=f"use --batch {len(array)}",
-            )
+    """A whole inference, where one of its arrays at least has the batch: that of a state may lie on another axis."""
+    held = [(len(array), name) for name, array in sample.feeds.items() if array.ndim >= 2]
+    if held and all(length != batch for length, _ in held):
+        length, name = held[0]
+        raise DataError(
+            f"{sample.origin}: input {name!r} holds a batch of {length}, and {batch} is measured",
+            hint=f"use --batch {length}",
+        )
     return dict(sample.feeds)
 
 

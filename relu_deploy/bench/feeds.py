@@ -37,8 +37,9 @@ def plan_inputs(
 ) -> tuple[int, tuple[InputPlan, ...]]:
     """Settle the batch and every shape.
 
-    The first axis of an input of rank 2 or more is its batch. What is dynamic there becomes ``batch``; every other
-    dynamic axis must be given. Without ``batch`` it is what the shapes say, and 1 where they say nothing.
+    The first axis of an input of rank 2 or more is its batch, but where it is fixed and that of another is not, or is
+    another: a recurrent state has its layers there. What is dynamic there becomes ``batch``; every other dynamic axis
+    must be given. Without ``batch`` it is what the shapes say, and 1 where they say nothing.
 
     Args:
         specs: Inputs of the original.
@@ -54,23 +55,35 @@ def plan_inputs(
     unknown = sorted(set(shapes) - {spec.name for spec in specs})
     if unknown:
         raise DataError(f"there is no input {unknown[0]!r}", hint=f"the inputs are {', '.join(s.name for s in specs)}")
-    settled = batch if batch is not None else _implied_batch(specs, shapes)
-    return settled, tuple(InputPlan(s.name, _resolve(s, settled, shapes.get(s.name)), s.dtype) for s in specs)
+    batched = _batched(specs)
+    settled = batch if batch is not None else _implied_batch(batched, shapes)
+    return settled, tuple(
+        InputPlan(s.name, _resolve(s, settled, shapes.get(s.name), batched=s in batched), s.dtype) for s in specs
+    )
 
 
-def _implied_batch(specs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> int:
+def _batched(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Inputs whose first axis is the batch."""
+    several = [spec for spec in specs if len(spec.shape) >= 2]
+    dynamic = [spec for spec in several if isinstance(spec.shape[0], str)]
+    alike = len({spec.shape[0] for spec in several}) == 1
+    return dynamic or (several if alike else [])
+
+
+def _implied_batch(batched: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> int:
     """What the first axes say that are fixed, by the caller or by the network; 1 if none is."""
-    for spec in specs:
+    for spec in batched:
         first = shapes[spec.name][:1] if spec.name in shapes else spec.shape[:1]
-        if len(spec.shape) >= 2 and first and isinstance(first[0], int):
+        if first and isinstance(first[0], int):
             return int(first[0])
     return 1
 
 
-def _resolve(spec: TensorSpec, batch: int, given: Shape | None) -> Shape:
+def _resolve(spec: TensorSpec, batch: int, given: Shape | None, *, batched: bool) -> Shape:
+    """The shape of one input; ``batched`` says whether its first axis is the batch."""
     if given is not None:
-        return _checked(spec, batch, given)
-    if len(spec.shape) >= 2 and isinstance(spec.shape[0], int) and spec.shape[0] != batch:
+        return _checked(spec, batch, given, batched=batched)
+    if batched and isinstance(spec.shape[0], int) and spec.shape[0] != batch:
         raise DataError(
             f"input {spec} has a fixed batch of {spec.shape[0]}; {batch} was asked for",
             hint=f"use --batch {spec.shape[0]}, or export the network with a dynamic batch",
@@ -85,10 +98,10 @@ def _resolve(spec: TensorSpec, batch: int, given: Shape | None) -> Shape:
     return tuple(int(axis) for axis in shape)
 
 
-def _checked(spec: TensorSpec, batch: int, given: Shape) -> Shape:
+def _checked(spec: TensorSpec, batch: int, given: Shape, *, batched: bool) -> Shape:
     if not spec.accepts(given) or min(given, default=1) < 1:
         raise DataError(f"the shape {'x'.join(map(str, given))} does not fit input {spec}")
-    if len(given) >= 2 and given[0] != batch:
+    if batched and given[0] != batch:
         raise DataError(
             f"the shape {'x'.join(map(str, given))} of input {spec.name!r} has a batch of {given[0]}, "
             f"not the {batch} asked for",

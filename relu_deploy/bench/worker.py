@@ -175,7 +175,7 @@ def main() -> None:
 
 def _read_arrays(path: str) -> dict[str, npt.NDArray[Any]]:
     with np.load(path, allow_pickle=False) as arrays:
-        return {name: np.ascontiguousarray(arrays[name]) for name in arrays.files}
+        return {name: np.asarray(arrays[name], order="C") for name in arrays.files}
 
 
 def _usage() -> dict[str, float]:

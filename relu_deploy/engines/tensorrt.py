@@ -115,7 +115,7 @@ class TensorRTEngine:
         """Copy inputs to the card and tell the context where everything lies; arrays for the outputs."""
         check_feeds(self.inputs, feeds)
         for spec in self.inputs:
-            value = np.ascontiguousarray(feeds[spec.name])
+            value = np.asarray(feeds[spec.name], order="C")
             if not self._context.set_input_shape(spec.name, value.shape):
                 raise EngineError(
                     f"input {spec.name!r} of shape {value.shape} is outside the range the engine was built for",

@@ -116,6 +116,31 @@ def test_samples_that_cannot_share_a_batch() -> None:
         list(iter_batches([sample(0, (3, 2), whole=True)], 2))
 
 
+CHUNK, STATE = TensorSpec("x", ("N", 16), "float32"), TensorSpec("state", (2, "N", 8), "float32")
+
+
+@pytest.mark.parametrize("order", [(CHUNK, STATE), (STATE, CHUNK)])
+def test_a_state_has_its_layers_on_the_first_axis(order: tuple[TensorSpec, ...]) -> None:
+    given = {"state": (2, 3, 8)}
+    assert plan_inputs(order, batch=None, shapes={**given, "x": (3, 16)})[0] == 3
+    settled, plans = plan_inputs(order, batch=3, shapes=given)
+    assert settled == 3
+    assert {plan.name: plan.shape for plan in plans} == {"x": (3, 16), "state": (2, 3, 8)}
+    feeds = {"x": np.zeros((3, 16), np.float32), "state": np.zeros((2, 3, 8), np.float32)}
+    for named in (feeds, dict(reversed(feeds.items()))):
+        assert [count for _, count in iter_batches([Sample(named, "s", True)], 3)] == [3]
+        with pytest.raises(DataError, match="and 4 is measured"):
+            list(iter_batches([Sample(named, "s", True)], 4))
+
+
+def test_first_axes_that_are_fixed_and_differ_are_no_batch() -> None:
+    fixed = [TensorSpec("x", (1, 16), "float32"), TensorSpec("state", (2, 1, 8), "float32")]
+    assert plan_inputs(fixed, batch=None, shapes={}) == (
+        1,
+        (InputPlan("x", (1, 16), "float32"), InputPlan("state", (2, 1, 8), "float32")),
+    )
+
+
 def test_dynamic_axes_come_from_the_data() -> None:
     specs = [TensorSpec("x", ("N", "T"), "float32")]
     assert shapes_of_data(specs, [sample(0, (1, 7))], None) == {"x": (1, 7)}

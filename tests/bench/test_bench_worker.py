@@ -156,6 +156,17 @@ def test_a_failing_run_is_told_in_the_runtimes_words(save: Save, tmp_path: Path)
             worker.warm_up(seconds=0, runs=1)
 
 
+def test_an_input_without_axes_arrives_as_one(save: Save, tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[N] x, float s) => (float[N] y) { y = Mul(x, s) }'
+    subject = read_subject(save("s.onnx", onnx.parser.parse_model(text)))
+    with start_worker(subject, timeout=60, folder=tmp_path / "w") as worker:
+        worker.load(threads=1)
+        feeds = {"x": np.ones(3, np.float32), "s": np.array(2, np.float32)}
+        worker.feed(feeds)
+        assert len(worker.warm_up(seconds=0, runs=1)) == 1
+        assert worker.outputs(feeds, ["y"])["y"].tolist() == [2, 2, 2]
+
+
 def test_wrong_feeds_keep_their_kind_of_error(worker: Worker) -> None:
     worker.load(threads=1)
     worker.feed({"wrong": np.ones((2, 8), np.float32)})
