@@ -127,6 +127,7 @@ def _compile(trt: Any, logger: Any, job: Job, errors: list[str]) -> Failure | No
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.source):
         return _parse_failure(parser)
+    _tell_axes_apart(network, job)
     settings = _settings(trt, builder, job)
     if job.shapes and settings.add_optimization_profile(_profile(builder, job)) < 0:
         return Failure("profile", "TensorRT refused the shape ranges")
@@ -139,6 +140,21 @@ def _compile(trt: Any, logger: Any, job: Job, errors: list[str]) -> Failure | No
     except OSError as error:
         return Failure("write", error.strerror or str(error), errno=error.errno or 0)
     return None
+
+
+def _tell_axes_apart(network: Any, job: Job) -> None:
+    """Give axes of one name a name each where their ranges differ; the compiler takes equal names for equal extents.
+
+    Some exporters call every axis that they know nothing of ``?``. The first range keeps the name, which the compiler
+    has bound.
+    """
+    ranges: dict[str, tuple[int, ...]] = {}
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        shapes = job.shapes.get(tensor.name, ())
+        for axis in range(len(tensor.shape) if shapes else 0):
+            name, extents = tensor.get_dimension_name(axis), tuple(shape[axis] for shape in shapes)
+            if name and ranges.setdefault(name, extents) != extents:
+                tensor.set_dimension_name(axis, f"{tensor.name}:{axis}")
 
 
 def _settings(trt: Any, builder: Any, job: Job) -> Any:

@@ -15,7 +15,7 @@ from calib.inputs import model_inputs
 from calib.run import calibrate
 from calib.sources import open_source
 from relu_deploy.engines import tensorrt_compile
-from relu_deploy.engines.base import BuildConfig, get_backend
+from relu_deploy.engines.base import BuildConfig, ShapeRange, get_backend
 from relu_deploy.engines.log import read_log
 from relu_deploy.engines.plan import read_plan
 from relu_deploy.engines.tensorrt_compile import Job, run_apart
@@ -56,6 +56,22 @@ def test_a_failed_build_leaves_the_next_one_alone(tmp_path, quantized, float_gem
     report = backend.build(quantized, tmp_path / "b.engine", BuildConfig("tensorrt-rtx", sm=("89",)))
     assert report.disagreements == ()
     assert report.audit.int8 == len(report.audit.linear) == 6
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["?", "N"])
+def test_axes_of_one_name_may_have_ranges_of_their_own(tmp_path, name):
+    """As Paddle's exporter writes them, whatever they are."""
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[A, 3, B, C] x, float[A, 4] u) => (float[A, 4] y) {'
+    model = onnx.parser.parse_model(text + " c = Conv(x, w) p = GlobalAveragePool(c) f = Flatten(p) y = Add(f, u) }")
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32), "w"))
+    for axis in (0, 2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = name
+    image = ShapeRange((1, 3, 32, 32), (1, 3, 32, 64), (2, 3, 48, 128))
+    config = BuildConfig("tensorrt-rtx", shapes={"x": image, "u": ShapeRange((1, 4), (1, 4), (2, 4))})
+    get_backend("tensorrt-rtx").build(model, tmp_path / "a.engine", config)
+    assert (tmp_path / "a.engine").is_file()
 
 
 @pytest.mark.engine
