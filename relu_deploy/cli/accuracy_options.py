@@ -82,5 +82,5 @@ def accuracy_lines(report: QuantReport) -> Iterator[RenderableType]:
     if (done := report.correction) is not None:
         rounded, shifted = sum(x.rounded for x in done.layers), sum(x.shifted for x in done.layers)
         how = f"codes of {rounded} channels and {shifted} biases chosen on {done.learned} samples"
-        judged = f"{done.before_db:.1f} to {done.after_db:.1f} dB at the worst output ({done.judged} samples)"
+        judged = f"{done.before_db:.1f} to {done.after_db:.1f} dB at the worst output ({done.compared} samples)"
         yield Text(f"correction: {how}; {judged}" + ("" if done.used else "; no gain, so they are left as they were"))

@@ -29,6 +29,7 @@ from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.drift import sqnr_db
 from relu_deploy.int8.evidence import Evidence
 from relu_deploy.int8.heads import heads
+from relu_deploy.int8.outcome import Outcome
 from relu_deploy.int8.rounded import bias_name, nearest, rounded_model, weight_name
 from relu_deploy.int8.rounding import Choice, Rows, best_choice, choose_codes, errors_of
 from relu_deploy.int8.settle import offset_error
@@ -38,8 +39,9 @@ from relu_deploy.int8.windows import Windows, as_matrix, from_matrix, windows_of
 from relu_deploy.int8.write import activation_grids
 
 Array = npt.NDArray[Any]
-# What is learned from, and what judges it. With fewer, a third judges; with very few, all do both.
-LEARNED, JUDGED = 16, 8
+# What is learned from, and what judges it. With fewer, a third judges; with very few, all do both. A comparison of
+# outputs costs one run for each sample, and takes as many of those that nothing was learned from as there are.
+LEARNED, JUDGED, COMPARED = 16, 8, 32
 _FEWEST = 6
 # Rows of a layer's input, over all samples; and the numbers they may hold.
 _ROWS, _NUMBERS = 8192, 1 << 24
@@ -76,8 +78,9 @@ class Correction:
 
     Attributes:
         learned: Samples that corrections were chosen on.
-        judged: Samples that they were judged on; the same ones where there are too few.
-        before_db: Signal over noise of the worst output before, on the samples that judge.
+        judged: Samples that they were judged on, layer by layer; the same ones where there are too few.
+        compared: Samples that outputs were compared on.
+        before_db: Signal over noise of the worst output before, on the samples compared.
         after_db: After.
         used: Whether the corrections are in the file: only where they made no output worse.
         layers: In the order of the network.
@@ -85,6 +88,7 @@ class Correction:
 
     learned: int
     judged: int
+    compared: int
     before_db: float
     after_db: float
     used: bool
@@ -144,16 +148,19 @@ class _Pass:
         self.plain = {name: _with_bias(nodes[name], stored) for name, stored in nearest(draft).items()}
         exact = files.export_graph(self.heads.graph, draft.source)
         rounded = rounded_model(draft, self.heads.graph, self.plain)
-        feeds = [
-            dict(batch.feeds) for batch in batches(evidence.first(LEARNED + JUDGED), model_inputs(exact), batch_size=1)
-        ]
-        if not feeds:
+        specs = model_inputs(exact)
+        given = [dict(one.feeds) for one in batches(evidence.first(LEARNED + COMPARED), specs, batch_size=1)]
+        if not given:
             raise QuantizationError("there is no sample to correct the weights on")
+        feeds = given[: LEARNED + JUDGED]
         self.layers = [node for node in self.heads.graph.nodes if node.name in draft.placement.chosen]
         feeds = feeds[: _affordable(exact, feeds[0], [node.inputs[0].name for node in self.layers])]
         held = min(JUDGED, len(feeds) // 3) if len(feeds) >= _FEWEST else 0
         self.learned = range(len(feeds) - held)
         self.judged = range(len(feeds) - held, len(feeds)) if held else self.learned
+        unseen = given[len(self.learned) :][:COMPARED]
+        compared = unseen if held or len(unseen) >= _FEWEST else feeds
+        self.outcome = Outcome(self.heads, exact, compared, len(self.judged))
         self.exact, self.walk = Walk(exact, feeds), Walk(rounded, feeds)
         self.ways = [
             _Way(Walk(rounded, feeds), dict(self.plain), rounding, shifting)
@@ -166,11 +173,17 @@ class _Pass:
             if (windows := windows_of(node)) is not None:
                 self._layer(node, windows, number)
             progress("correct weights", number + 1, len(self.layers))
-        before = self._at_outputs(self.walk)
-        reached = [self._at_outputs(way.walk) for way in self.ways]
-        after = max(reached)
-        best = self.ways[reached.index(after)]
-        report = Correction(len(self.learned), len(self.judged), before, after, after > before, tuple(best.layers))
+        versions = [self.plain, *(way.stored for way in self.ways)]
+        reached = []
+        for number, stored in enumerate(versions):
+            model = rounded_model(self.draft, self.heads.graph, stored)
+            reached.append(self.outcome.worst_db(model))
+            progress("compare corrections", number + 1, len(versions))
+        before, after = reached[0], max(reached[1:])
+        best = self.ways[reached.index(after, 1) - 1]
+        report = Correction(
+            len(self.learned), len(self.judged), self.outcome.samples, before, after, after > before, tuple(best.layers)
+        )
         return (self._changed(best) if report.used else {}), report
 
     def _layer(self, node: gs.Node, windows: Windows, number: int) -> None:
@@ -184,27 +197,32 @@ class _Pass:
         # A settled bias makes up for what was taken off the input: errors are those on the input as it was.
         moved = _by_column(centre, windows)
 
-        def rows(walk: Walk, name: str, samples: Sequence[int]) -> npt.NDArray[np.float32]:
+        def rows(walk: Walk, name: str, samples: Sequence[int]) -> tuple[npt.NDArray[np.float32], tuple[int, ...]]:
             values = walk.fetch(name)
             most = -(-min(_ROWS, max(_NUMBERS // width, 1)) // len(samples))
-            read = np.concatenate([windows.rows(values[at], most, number) for at in samples], axis=1)
-            return (read + moved).astype(np.float32)
+            read = [windows.rows(values[at], most, number) for at in samples]
+            return (np.concatenate(read, axis=1) + moved).astype(np.float32), tuple(part.shape[1] for part in read)
 
         data, read = node.inputs[0].name, self.reads[node.name]
-        learned, judged = (rows(self.exact, data, samples) for samples in (self.learned, self.judged))
+        (learned, counts), (judged, tallies) = (
+            rows(self.exact, data, samples) for samples in (self.learned, self.judged)
+        )
         options = [codes]
         if weight.shape[2] <= _WIDEST:
-            seen = rows(self.walk, read, self.learned)
-            options.append(choose_codes(weight, scale, seen, self.draft.number.weight_max))
+            seen, _ = rows(self.walk, read, self.learned)
+            options.append(choose_codes(weight, scale, seen, counts, self.draft.number.weight_max))
         none = np.zeros(scale.shape)
-        power = float(errors_of(weight, 0 * weight, none, Rows(judged, judged)).sum())
-        plainly = errors_of(weight, codes * scale[..., None], none, Rows(judged, rows(self.walk, read, self.judged)))
+        power = float(errors_of(weight, 0 * weight, none, Rows(judged, judged, tallies))[0].sum())
+        plainly, _ = errors_of(
+            weight, codes * scale[..., None], none, Rows(judged, rows(self.walk, read, self.judged)[0], tallies)
+        )
         before = sqnr_db(power, float(plainly.sum()))
         for way in self.ways:
             best = best_choice(
                 weight, scale, options if way.rounding else options[:1],
-                Rows(learned, rows(way.walk, read, self.learned)) if way.shifting else Rows(learned, learned),
-                Rows(judged, rows(way.walk, read, self.judged)), self._room(node) if way.shifting else 0.0,
+                Rows(learned, rows(way.walk, read, self.learned)[0] if way.shifting else learned, counts),
+                Rows(judged, rows(way.walk, read, self.judged)[0], tallies),
+                self._room(node) if way.shifting else 0.0,
             )  # fmt: skip
             _keep(way, node, best, centre)
             rounded, shifted = int((best.codes != codes).any(axis=2).sum()), int((best.offset != 0).sum())
@@ -216,13 +234,6 @@ class _Pass:
         if self.plain[node.name].bias is None:
             return 0.0
         return self.grids[node.inputs[0].name].scale * _BIAS_ROOM if integer_bias(node, self.draft.number) else np.inf
-
-    def _at_outputs(self, walk: Walk) -> float:
-        """Signal over noise of the worst output, on the samples that judge."""
-        names = [name for part in self.heads.parts for name in part]
-        wanted, found = ({name: one.fetch(name) for name in names} for one in (self.exact, walk))
-        samples = [({n: wanted[n][at] for n in names}, {n: found[n][at] for n in names}) for at in self.judged]
-        return self.heads.worst_db([a for a, _ in samples], [b for _, b in samples])
 
     def _changed(self, way: _Way) -> dict[str, Stored]:
         """What to store; a layer whose bias stayed 0 where it had none gets none."""

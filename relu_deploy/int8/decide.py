@@ -52,7 +52,7 @@ def decide(draft: Draft, place_again: Callable[[Mapping[str, str]], Placement], 
     good = whole.correction is not None and whole.correction.reached_db >= aim_of(evidence)
     if good and whole.correction is not None and not evidence.rank and not evidence.keep_worst:
         done = whole.correction
-        return dataclasses.replace(whole, sensitivity=Sensitivity(done.judged, done.before_db, done.before_db))
+        return dataclasses.replace(whole, sensitivity=Sensitivity(done.compared, done.before_db, done.before_db))
     try:
         found = measure_sensitivity(draft, evidence)
     except QuantizationError as error:

@@ -123,6 +123,7 @@ def place_ort(graph: gs.Graph, known: set[str], chosen: set[str], layers: tuple[
             node.op in TAIL_OPS
             and live
             and all(t.name in wanted.names and t.name in coded for t in live)
+            and not (len(live) < len(node.inputs) and _follows_matmul(live))  # as in _coded
             and _float_constants(node)
         ):
             if node.op == "MaxPool":

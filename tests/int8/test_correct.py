@@ -74,7 +74,7 @@ def test_outputs_gain_on_samples_that_were_not_seen(target):
     assert quality(model, better, images(7, 64)) > quality(model, plain, images(7, 64)) + 1
     assert [layer.layer for layer in done.layers] == [layer.name for layer in report.layers if layer.int8]
     assert sum(layer.rounded + layer.shifted for layer in done.layers) > 0
-    assert (done.learned, done.judged) == (16, 8)
+    assert (done.learned, done.judged, done.compared) == (16, 8, 32)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -122,8 +122,9 @@ def test_products_over_two_open_axes_get_their_biases_in_the_adds_behind(target,
     assert report.correction.used
     assert sum(layer.shifted for layer in report.correction.layers) > 0
     assert quality(model, better, others) > quality(model, plain, others)
-    stored = {tensor.name: tensor for tensor in better.graph.initializer}
-    biases = [stored[name] for name in ("one/bias", "two/bias")]
+    biases = [
+        next(t for t in better.graph.initializer if t.name.startswith(f"{layer}/bias")) for layer in ("one", "two")
+    ]
     assert [tuple(bias.dims) for bias in biases] == [(40,), (6,)]
     kind = onnx.TensorProto.FLOAT if target == "ort" else onnx.TensorProto.FLOAT16
     assert all(bias.data_type == kind for bias in biases)
@@ -149,7 +150,8 @@ def test_few_samples_learn_and_judge(count):
     model = network()
     source = open_source(images(1, count), model_inputs(model))
     _, report = quantize(model, calibrate(model, source), weight_bits=8, evidence=Evidence(source))
-    assert (report.correction.learned, report.correction.judged) == (count, count)
+    done = report.correction
+    assert (done.learned, done.judged, done.compared) == (count, count, count)
 
 
 def test_float_layers_are_left_alone():
@@ -204,6 +206,7 @@ def test_no_more_samples_are_on_their_way_than_memory_bears(monkeypatch):
     monkeypatch.setattr(module, "_HELD", 5 * 7 * 16 * 12 * 12 * 4)
     _, report = quantize(model, ranges, weight_bits=8, evidence=Evidence(source))
     assert report.correction.learned + report.correction.judged == 7
+    assert report.correction.compared == 19, "they are run one by one"
 
 
 def test_float16_networks_are_corrected_too():

@@ -24,7 +24,7 @@ def decided(monkeypatch, whole, part, *, kept=("worst",), **options):
 
     def correct(draft, _):
         after = part if draft.placement else whole
-        return {"layer": after}, Correction(16, 8, 5.0, after, after > 5.0, ())
+        return {"layer": after}, Correction(16, 8, 8, 5.0, after, after > 5.0, ())
 
     def measure(draft, _):
         ranked.append(draft)
