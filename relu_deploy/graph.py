@@ -6,6 +6,7 @@ the folder of the model.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
@@ -173,6 +174,8 @@ def parse_model(path: Path) -> onnx.ModelProto:
 def check_model(model: onnx.ModelProto, source: Path | str) -> None:
     """Run onnx's checker with shape inference; ``source`` names the model in the message.
 
+    Where nothing is wrong but the shapes that outputs are declared with, which runtimes pass over, those are mended.
+
     Raises:
         ModelError: the checker refused it.
     """
@@ -185,7 +188,27 @@ def check_model(model: onnx.ModelProto, source: Path | str) -> None:
         if fits_one_message(model):
             onnx.checker.check_model(model, full_check=not foreign)
     except _CHECKER_ERRORS as error:
-        raise ModelError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
+        if foreign or not _mend_outputs(model):
+            raise ModelError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
+
+
+def _mend_outputs(model: onnx.ModelProto) -> bool:
+    """Give outputs the shapes that follow from the network, in place, if it is valid then; whether it is."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    for value in bare.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        found = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph.output
+        for value, inferred, declared in zip(bare.graph.output, found, model.graph.output, strict=True):
+            known = inferred if inferred.type.tensor_type.HasField("shape") else declared
+            value.CopyFrom(known)
+        onnx.checker.check_model(bare, full_check=True)
+    except _CHECKER_ERRORS:
+        return False
+    for value, right in zip(model.graph.output, bare.graph.output, strict=True):
+        value.CopyFrom(right)
+    return True
 
 
 def check_versions(model: onnx.ModelProto, source: Path | str) -> None:
@@ -232,6 +255,8 @@ def convert_opset(model: onnx.ModelProto, *, lowest: int, source: Path | str = "
     converted.metadata_props.extend(p for p in model.metadata_props if p not in converted.metadata_props)
     _restore_tensor_names(model.graph, converted.graph)
     name_nodes(converted.graph)
+    with contextlib.suppress(ModelError):  # of newer operators more can be told: that a declared shape was wrong
+        check_model(converted, source)
     return converted
 
 

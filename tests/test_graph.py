@@ -162,6 +162,40 @@ def test_outputs_without_a_shape_get_what_follows_from_the_network(tmp_path):
         files.load_model(tmp_path / "m.onnx")
 
 
+WRONG = """<ir_version: 8, opset_import: ["": 12]> g (float[N, T, 4] x) => (float[1, K] y)
+{ s = Shape(x) [a] n = Gather(s, zero) [b] t = Gather(s, one) u = Unsqueeze<axes = [0]>(n) v = Unsqueeze<axes = [0]>(t)
+  w = Concat<axis = 0>(u, v, four) y = Reshape(x, w) }"""
+
+
+def test_outputs_declared_with_a_wrong_rank_are_mended_where_it_shows(tmp_path):
+    """Runtimes pass over what a file says of its outputs; onnx's checker does not, once it can tell."""
+    plain = onnx.parser.parse_model(RELU)
+    plain.graph.output[0].type.tensor_type.shape.dim.add().dim_value = 3
+    onnx.save(plain, tmp_path / "a.onnx")
+    (loaded,) = files.load_model(tmp_path / "a.onnx").graph.output
+    assert [axis.dim_value for axis in loaded.type.tensor_type.shape.dim] == [1, 2]
+
+    model = onnx.parser.parse_model(WRONG)
+    for name, values in (("zero", 0), ("one", 1), ("four", [4])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+    files.name_nodes(model.graph)
+    before = model.SerializeToString(deterministic=True)
+    lifted = files.convert_opset(model, lowest=19)
+    assert model.SerializeToString(deterministic=True) == before
+    assert len(lifted.graph.output[0].type.tensor_type.shape.dim) == 3
+    onnx.checker.check_model(lifted, full_check=True)
+
+
+def test_what_is_wrong_beside_a_declared_shape_is_still_refused(tmp_path):
+    model = onnx.parser.parse_model(RELU)
+    model.graph.output[0].type.tensor_type.shape.dim.add().dim_value = 3
+    model.graph.node[0].op_type = "NoSuchOperator"
+    declared = onnx.ValueInfoProto.FromString(model.graph.output[0].SerializeToString())
+    with pytest.raises(ModelError):
+        files.check_model(model, "it")
+    assert model.graph.output[0] == declared
+
+
 def test_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"precious")
