@@ -3,53 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import onnx
-import onnx_graphsurgeon as gs
 
 from calib.model import first_quantized
 from calib.ranges import Ranges, check_fresh
 from relu_deploy import graph as files
 from relu_deploy.errors import ModelError, QuantizationError
-from relu_deploy.int8.cheaper import cheaper_in_half
 from relu_deploy.int8.correct import Correction
 from relu_deploy.int8.decide import Decided, decide
 from relu_deploy.int8.draft import Draft
 from relu_deploy.int8.drift import SAMPLES, OutputDrift, measure_drift
-from relu_deploy.int8.even_inputs import EvenInputs, even_inputs
-from relu_deploy.int8.even_rows import even_rows
 from relu_deploy.int8.evidence import Evidence
-from relu_deploy.int8.formats import NumberFormat, QParams, activation_qparams, number_format, weight_bits_for_cpu
-from relu_deploy.int8.fuse import FusionReport, fuse_channels
-from relu_deploy.int8.fuse_noise import Array
+from relu_deploy.int8.formats import NumberFormat, QParams, number_format, weight_bits_for_cpu
+from relu_deploy.int8.fuse import FusionReport
 from relu_deploy.int8.half import halve
-from relu_deploy.int8.islands import Evened, channels_of, even_islands
-from relu_deploy.int8.islands_spell import shorten_islands
-from relu_deploy.int8.kernels import respect_softmax
-from relu_deploy.int8.lower import prelu_to_leaky, spatial_mean_to_pool
-from relu_deploy.int8.lower_pools import spell_average_pools
-from relu_deploy.int8.place import Layer, Placement, place, quantised_behind, with_attention, with_pooled
+from relu_deploy.int8.place import Layer, Placement
+from relu_deploy.int8.prepare import prepare_ort, prepare_tensorrt
 from relu_deploy.int8.qoperator_files import IntegerReport
 from relu_deploy.int8.sensitivity import Sensitivity
 from relu_deploy.int8.settle import settle
 from relu_deploy.int8.shield import shield_float_layers
-from relu_deploy.int8.siblings import merge_siblings
 from relu_deploy.int8.spare import spare_products
-from relu_deploy.int8.tables import as_floats, stand_in, take_back, write_tables
+from relu_deploy.int8.tables import as_floats, take_back, write_tables
 from relu_deploy.int8.widen import widen, with_names
 from relu_deploy.int8.write import Written, write
 from relu_deploy.machine import describe_machine
-from relu_deploy.ops import is_definition, is_pwlu
-from relu_deploy.passes.affine import fold_affine
+from relu_deploy.ops import is_definition
 from relu_deploy.passes.constants import fold_constants
-from relu_deploy.passes.dyrelu_spell import spell_dyrelu
-from relu_deploy.passes.gemm import products_to_gemm
 from relu_deploy.passes.identity import remove_identities
-from relu_deploy.passes.prelu import spell_prelu
-from relu_deploy.passes.pwlu import Bound, fold_pwlu
 from relu_deploy.passes.pwlu_spell import spell_pwlu
-from relu_deploy.passes.recognise import recognise_pwlu
 from relu_deploy.passes.run import inline_functions
 from relu_deploy.report import PassReport
 
@@ -158,72 +142,29 @@ def quantize(
     refuse_quantized(model)
     if check_ranges:
         check_fresh(ranges, model)
-    prepared, ranges, half_warnings = _widened(model, ranges, number)
-    lifted, number, opset_warnings = _prepare(prepared, number, asked=float_part)
+    given, ranges, half_warnings = _widened(model, ranges, number)
+    lifted, number, opset_warnings = _prepare(given, number, asked=float_part)
     graph = files.import_graph(lifted)
     fold_constants(graph)
     remove_identities(graph)  # an Identity between a layer and its ReLU would be quantised, and then the ReLU again
     files.tidy(graph)
-    fusion = fuse_channels(graph, ranges, number, mode=channel_fusion)
-    aliases: dict[str, str] = {}
-    dynamic = spell_dyrelu(graph).notes if number.unsigned else {}
-    if number.unsigned:
-        aliases = products_to_gemm(graph, rows=True).aliases | spatial_mean_to_pool(graph)
-        prelu_to_leaky(graph)
-        spell_prelu(graph)
-        spell_average_pools(graph)
-        files.tidy(graph)
-    present = graph.tensors()
-    bounds = {name: chosen for name, chosen in fusion.bounds.items() if name in present}
-    bounds.update({new: bounds[old] for new, old in aliases.items() if old in bounds})
-    if number.unsigned:
-        bounds = respect_softmax(graph, bounds)
-    recognise_pwlu(graph, for_file=False)
-    if number.unsigned:
-        shorten_islands(graph)
-    files.tidy(graph)
-    learned = {node.outputs[0].name for node in graph.nodes if is_pwlu(node)}
-    folded = _fold_learned(graph, bounds, number, learned)
-    sites = stand_in(graph, bounds) if number.unsigned else ()
-    evened: Evened | EvenInputs | None = None
-    if number.unsigned:
-        sites = take_back(graph, sites, place(graph, bounds, number, keep_float=keep_float))
-        if channel_fusion != "off":
-            evened = _even(graph, fusion.ranges, aliases, bounds, number, keep_float)
-    left = cheaper_in_half(graph, number, keep=frozenset(keep_float))
-    merged = merge_siblings(graph, bounds, skip={*left, *keep_float}, number=number) if number.merges else None
-    files.tidy(graph)
-    splits = merged.changed if merged else ()
-
-    def placed(floats: Mapping[str, str]) -> Placement:
-        found = place(graph, bounds, number, keep_float=keep_float, half=floats, splits=splits)
-        if number.unsigned:
-            return found
-        return with_attention(
-            graph, with_pooled(graph, found, learned, bounds), bounds, number, skip=frozenset(keep_float)
-        )
-
-    placement = placed(left)
-    _check_layers(placement, keep_float)
-    rows: PassReport | None = None
-    centres: dict[str, Array] = {}
-    if number.target == "tensorrt-rtx" and channel_fusion != "off":
-        rows = even_rows(graph, placement, fusion.ranges, bounds, number)
-        moved = even_inputs(graph, placement, fusion.ranges, bounds, number)
-        evened, centres, placement = moved, moved.centres, placed(left)
-    sites = take_back(graph, sites, placement)
-    decided = Decided(placement)
+    kept = frozenset(keep_float)
+    prepare = prepare_ort if number.unsigned else prepare_tensorrt
+    ready = prepare(graph, ranges, number, channel_fusion=channel_fusion, keep_float=kept)
+    decided = Decided(ready.place({}))
+    _check_layers(decided.placement, kept)
+    sites = take_back(graph, ready.sites, decided.placement)
     if evidence is not None:
         runs = as_floats(graph, sites) if sites else graph
-        draft = Draft(runs, lifted, placement, bounds, number, centres)
-        decided = decide(draft, lambda damaged: placed({**left, **damaged}), evidence)
-        placement = decided.placement
-        sites = take_back(graph, sites, placement)
-    stored = settle(graph, placement, centres, decided.weights, number)
-    written = write(graph, placement, bounds, number, stored)
+        draft = Draft(runs, lifted, decided.placement, ready.bounds, number, ready.centres)
+        decided = decide(draft, ready.place, evidence)
+        sites = take_back(graph, sites, decided.placement)
+    placement, folded = decided.placement, dict(ready.folded)
+    stored = settle(graph, placement, ready.centres, decided.weights, number)
+    written = write(graph, placement, ready.bounds, number, stored)
     write_tables(graph, sites, written.activations)
     files.tidy(graph)
-    half = halve(graph, bounds) if number.half and not is_half(lifted) else None
+    half = halve(graph, ready.bounds) if number.half and not is_half(lifted) else None
     if number.unsigned:
         folded |= {site.name: f"a table of 256 codes for {site.channels} functions" for site in sites}
         folded |= spell_pwlu(graph, number.target).notes  # those between floats
@@ -231,11 +172,11 @@ def quantize(
         shield_float_layers(graph)
     quantized = files.export_graph(graph, lifted)
     files.check_model(quantized, "the quantised model")
-    folded |= dynamic
     told = (*cpu_warnings, *half_warnings, *opset_warnings, *extra_warnings)
     report = _report(quantized, placement, written, number, told, folded)
-    islands = None if evened is None else evened.report
-    report = dataclasses.replace(report, fusion=fusion.report, islands=islands, rows=rows, half=half, merged=merged)
+    report = dataclasses.replace(
+        report, fusion=ready.fusion, islands=ready.islands, rows=ready.rows, half=half, merged=ready.merged
+    )
     return quantized, report if evidence is None else _measured(report, decided, model, quantized, evidence)
 
 
@@ -249,49 +190,6 @@ def _measured(
     told = (*report.warnings, *decided.warnings)
     found, done = decided.sensitivity, decided.correction
     return dataclasses.replace(report, drift=drift, sensitivity=found, correction=done, warnings=told)
-
-
-def _even(
-    graph: gs.Graph, ranges: Ranges, aliases: Mapping[str, str], bounds: dict[str, tuple[float, float]],
-    number: NumberFormat, keep_float: Iterable[str],
-) -> Evened:  # fmt: skip
-    """Even out the channels on the shores of float islands."""
-    seen = {name: channels_of(measured, ranges.samples) for name, measured in ranges.tensors.items()}
-    channels = {name: each for name, each in seen.items() if each is not None}
-    channels |= {new: channels[old] for new, old in aliases.items() if old in channels}
-    return even_islands(graph, place(graph, bounds, number, keep_float=keep_float), channels, bounds, number)
-
-
-def _fold_learned(
-    graph: gs.Graph, bounds: dict[str, tuple[float, float]], number: NumberFormat, learned: set[str]
-) -> dict[str, str]:
-    """Fold learned activations to what is cheapest within half a step of their quantised output; says what became.
-
-    The domain is the calibrated range of the input: past it the output is past its own range, and saturates.
-    """
-    if not learned:
-        return {}
-    planned = place(graph, bounds, number)
-    planned = planned if number.unsigned else with_pooled(graph, planned, learned, bounds)
-    allowed = {
-        node.outputs[0].name: Bound(
-            activation_qparams(*bounds[node.outputs[0].name], number).scale / 2, *bounds[node.inputs[0].name]
-        )
-        for node in graph.nodes
-        if is_pwlu(node)
-        and node.inputs[0].name in bounds
-        and node.outputs[0].name in bounds
-        and quantised_behind(node.outputs[0], planned)
-    }
-    # A scale folded into a layer changes its output's range, which ONNX Runtime's integer layers need.
-    notes = fold_pwlu(graph, allowed, two_pieces=not number.unsigned).notes
-    if number.unsigned:
-        notes |= spell_pwlu(graph, number.target, allowed, most=1).notes  # one hinge is quicker than a table
-    else:
-        fold_affine(graph)
-        notes |= spell_pwlu(graph, number.target, allowed).notes
-    files.tidy(graph)
-    return notes
 
 
 def _weight_bits(asked: int | None, target: str) -> tuple[int, tuple[str, ...]]:
@@ -364,9 +262,9 @@ def is_half(model: onnx.ModelProto) -> bool:
     return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
 
 
-def _check_layers(placement: Placement, keep_float: Iterable[str]) -> None:
+def _check_layers(placement: Placement, keep_float: frozenset[str]) -> None:
     names = {layer.name for layer in placement.layers}
-    for name in keep_float:
+    for name in sorted(keep_float):
         if name not in names:
             raise QuantizationError(f"there is no linear layer named {name!r} to keep in float")
     if not names:

@@ -13,7 +13,7 @@ import pytest
 from relu_deploy.engines.audit import Audit
 from relu_deploy.engines.base import ShapeRange
 from relu_deploy.engines.promise import disagreements
-from relu_deploy.int8 import run
+from relu_deploy.int8 import prepare
 from relu_deploy.int8.lint import lint
 from relu_deploy.int8.place_attention import HEADS, find_attention
 from relu_deploy.int8.placement import Placement
@@ -104,7 +104,7 @@ def test_other_sizes_would_fall_to_pieces(
     model = encoder(tokens, width)
     chosen, report = compiled(model, tmp_path)
     assert report.int8_layers == 4
-    monkeypatch.setattr(run, "with_attention", everything)
+    monkeypatch.setattr(prepare, "with_attention", everything)
     quantized, forced = quantize(model, quantizer.measured(model), target="tensorrt-rtx")
     assert forced.int8_layers == 6
     pieces = quantizer.build(quantized, tmp_path).audit
@@ -123,7 +123,7 @@ def test_one_operand_less_and_it_is_no_int8_kernel(tmp_path: Path, monkeypatch: 
         uses[tensor.name] = (uses[tensor.name] or frozenset()) - {reader.name}
         return dataclasses.replace(placement, uses={name: nodes for name, nodes in uses.items() if nodes})
 
-    monkeypatch.setattr(run, "with_attention", without)
+    monkeypatch.setattr(prepare, "with_attention", without)
     quantized, _ = quantize(model, quantizer.measured(model), target="tensorrt-rtx")
     assert moves_less(whole, quantizer.build(quantized, tmp_path).audit)
 
