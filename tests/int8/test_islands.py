@@ -139,7 +139,11 @@ def test_products_over_more_axes_get_factors_too_whatever_is_known_of_them(axes)
         f'<ir_version: 8, opset_import: ["": 20]> g (float[{axes}] x) => (float[{axes}] y) '
         "{ p = MatMul(x, w) h = Add(p, b) a = Gelu(h) q = MatMul(a, v) y = Add(q, b) }"
     )
-    weights = {"w": rng.normal(size=(8, 8)) * sizes, "v": rng.normal(size=(8, 8)) / sizes[:, None], "b": np.full(8, 0.1)}
+    weights = {
+        "w": rng.normal(size=(8, 8)) * sizes,
+        "v": rng.normal(size=(8, 8)) / sizes[:, None],
+        "b": np.full(8, 0.1),
+    }
     model.graph.initializer.extend(onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items())
     for index, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}_{index}"
