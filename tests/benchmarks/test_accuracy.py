@@ -224,3 +224,22 @@ def test_every_setting_of_a_tool_has_a_name_of_its_own_and_a_script(part):
         assert (tools.HERE / f"quantize_{tool.environment}.py").is_file()
         assert tool.environment == "ours" or tool.environment in tools.ENVIRONMENTS
     assert {tool.environment for tool in found.values() if tool.default} == {"ours", "ort", "nncf", "modelopt"}
+
+
+def test_an_int8_file_with_weights_alone_rounds_no_activation_and_saturates_as_before(part):
+    import onnxruntime as ort
+
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1, 2] x) => (float[1, 2] y) '
+        "<float s = {0.5}, uint8 z = {10}, float v = {0.25}, int8 n = {0}, int8[2, 2] c = {4, 0, 0, 8}> {"
+        "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) w = DequantizeLinear(c, v, n) y = MatMul(d, w) }"
+    )
+    bare = part("limits").weights_alone(model)
+    assert [node.op_type for node in bare.graph.node] == ["Clip", "DequantizeLinear", "MatMul"]
+    onnx.checker.check_model(bare, full_check=True)
+    options = ort.SessionOptions()  # optimised, ONNX Runtime would round what the product reads as it runs
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(bare.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for given_, wanted in (([0.3, 7.7], [0.3, 15.4]), ([-100.0, 1000.0], [-5.0, 245.0])):
+        found = session.run(None, {"x": np.array([given_], np.float32)})[0]
+        np.testing.assert_allclose(found, [wanted], rtol=1e-6)
