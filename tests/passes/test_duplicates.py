@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import numpy as np
@@ -209,12 +210,21 @@ def many(count: int) -> onnx.ModelProto:
 
 
 def seconds(count: int) -> float:
-    graph = import_graph(many(count))
-    start = time.perf_counter()
-    assert len(merge_duplicates(graph).changed) == count - 1
-    return time.perf_counter() - start
+    """Of this process, the quicker of two runs, without the collector, which looks at all that other tests left."""
+    found = []
+    for _ in range(2):
+        graph = import_graph(many(count))
+        gc.collect()
+        gc.disable()
+        try:
+            start = time.process_time()
+            assert len(merge_duplicates(graph).changed) == count - 1
+            found.append(time.process_time() - start)
+        finally:
+            gc.enable()
+    return min(found)
 
 
 def test_time_grows_with_the_number_of_readers_and_not_with_its_square():
     # Eight times the nodes; a quadratic pass would take 64 times as long, and this machine may be three times slower at will.
-    assert seconds(8000) < 24 * max(min(seconds(1000), seconds(1000)), 0.01)
+    assert seconds(8000) < 24 * max(seconds(1000), 0.01)
