@@ -17,7 +17,7 @@ from calib.derived import Derived, derivable
 from calib.errors import CalibrationError
 from calib.graph import activations, channel_axes, mixes_samples, shaped_only, unused_prefix
 from calib.inputs import InputSpec
-from calib.model import opset
+from calib.model import empty_like, opset
 from calib.observers import Tensor
 from calib.session import Session, with_outputs
 
@@ -112,10 +112,7 @@ def _inferred(model: onnx.ModelProto, names: list[str]) -> dict[str, tuple[str, 
     Raises:
         CalibrationError: the runtime cannot load the network.
     """
-    bare = onnx.ModelProto(ir_version=model.ir_version)
-    bare.opset_import.extend(model.opset_import)
-    bare.functions.extend(model.functions)
-    bare.graph.name = model.graph.name
+    bare = empty_like(model)
     bare.graph.node.extend(model.graph.node)
     bare.graph.input.extend(model.graph.input)
     bare.graph.sparse_initializer.extend(model.graph.sparse_initializer)

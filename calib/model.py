@@ -32,6 +32,15 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from all_nodes(subgraph)
 
 
+def empty_like(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model without nodes, weights, inputs and outputs, in which those of another mean what they mean there."""
+    empty = onnx.ModelProto(ir_version=model.ir_version)
+    empty.opset_import.extend(model.opset_import)
+    empty.functions.extend(model.functions)
+    empty.graph.name = model.graph.name
+    return empty
+
+
 def is_constant(node: onnx.NodeProto) -> bool:
     """Whether a node gives a tensor that is written in it."""
     return node.op_type == "Constant" and node.attribute[0].name == "value"

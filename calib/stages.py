@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from calib.graph import activations, uses
+from calib.model import empty_like
 from calib.session import Session
 
 # Outputs of one stage, as measured on the first batch. One tensor larger than that is a stage of its own.
@@ -161,10 +162,7 @@ def _part(
     model: onnx.ModelProto, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: Iterable[str]
 ) -> onnx.ModelProto:
     """A model of some nodes. The types of outputs are left for the runtime to infer."""
-    part = onnx.ModelProto(ir_version=model.ir_version)
-    part.opset_import.extend(model.opset_import)
-    part.functions.extend(model.functions)
-    part.graph.name = model.graph.name
+    part = empty_like(model)
     part.graph.node.extend(nodes)
     part.graph.input.extend(inputs)
     used = {name for node in nodes for name in uses(node)}

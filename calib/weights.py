@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from calib.model import empty_like
+
 # Smaller ones may be what shapes are inferred from.
 _LEAST_BYTES = 1 << 10
 _Tensor = onnx.TensorProto
@@ -21,10 +23,7 @@ def apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.Tenso
     """A copy of a network in which its large float32 weights are only named, and those weights."""
     fed = {value.name for value in model.graph.input}
     weights = {t.name: t for t in model.graph.initializer if t.name not in fed and _is_plain(t)}
-    bare = onnx.ModelProto(ir_version=model.ir_version)
-    bare.opset_import.extend(model.opset_import)
-    bare.functions.extend(model.functions)
-    bare.graph.name = model.graph.name
+    bare = empty_like(model)
     bare.graph.node.extend(model.graph.node)
     bare.graph.input.extend(model.graph.input)
     bare.graph.output.extend(model.graph.output)

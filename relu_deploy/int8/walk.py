@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 
 from calib.graph import uses
+from calib.model import empty_like
 from calib.session import open_session
 from relu_deploy.errors import QuantizationError
 
@@ -103,10 +104,7 @@ class Walk:
 
     def _part(self, places: Iterable[int], inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
         """A model of some nodes. The types of outputs are left for the runtime to infer."""
-        part = onnx.ModelProto(ir_version=self._model.ir_version)
-        part.opset_import.extend(self._model.opset_import)
-        part.functions.extend(self._model.functions)
-        part.graph.name = self._model.graph.name
+        part = empty_like(self._model)
         part.graph.node.extend(self._nodes[at] for at in places)
         for name in inputs:
             kind = onnx.helper.np_dtype_to_tensor_dtype(self._values[name][0].dtype)
